@@ -1,0 +1,189 @@
+// pyoptim._C: unwraps, checks, releases the GIL and raises. The only translation unit that includes Python.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "python/plan.hpp"
+
+namespace pyoptim {
+namespace {
+
+// One update of tensors given explicitly, all of one memory layout per row and no memory shared between rows.
+// rows: (param, grad, (states...), step or None, group, first); hypers: raw values by group.
+void run_rows(const std::string& rule_name, const std::vector<py::tuple>& rows,
+              const std::vector<std::vector<double>>& hypers, double inv_scale) {
+  const Rule& rule = find_rule(rule_name);
+  HyperCache cache(rule);
+  cache.start(hypers);
+  Table table(rule);
+  for (const py::tuple& row : rows) {
+    TensorView param, grad, states[kMaxStates];
+    const int group = py::cast<int>(row[4]);
+    const int variant = rule.variant(cache.raw(group).data());
+    const py::tuple state_tensors = row[2];
+    bool readable = dlpack::view(py::object(row[0]).ptr(), &param) && dlpack::view(py::object(row[1]).ptr(), &grad) &&
+                    static_cast<int>(state_tensors.size()) == rule.n_states[variant];
+    for (size_t i = 0; readable && i < state_tensors.size(); ++i) {
+      readable = dlpack::view(py::object(state_tensors[i]).ptr(), &states[i]);
+    }
+    StepCounter counter;
+    const py::object step = row[3];
+    readable = readable && (step.is_none() || counter.read(step));
+    const bool first = py::cast<bool>(row[5]);
+    const int32_t hyper = cache.index(group, counter.next(), first, param.dtype == DType::f64);
+    if (!readable || !table.add(param, grad, states, variant, counter, hyper)) {
+      throw py::value_error("run_rows: the tensors of a row have no kernel together");
+    }
+  }
+  const py::gil_scoped_release unlocked;  // the caller's tuples hold the tensors
+  table.run(cache, inv_scale);
+}
+
+py::dict rule_info(const std::string& name) {
+  const Rule& rule = find_rule(name);
+  py::list hypers, variants;
+  for (int i = 0; i < rule.n_hypers; ++i) hypers.append(rule.hyper_names[i]);
+  for (int v = 0; v < rule.n_variants; ++v) {
+    py::list names;
+    for (int i = 0; i < rule.n_states[v]; ++i) names.append(rule.state_names[v][i]);
+    variants.append(py::tuple(names));
+  }
+  py::dict info;
+  info["hyper_names"] = py::tuple(hypers);
+  info["state_names"] = py::tuple(variants);
+  info["counts_steps"] = rule.counts_steps;
+  return info;
+}
+
+int variant_of(const std::string& rule, const std::vector<double>& raw) { return find_rule(rule).variant(raw.data()); }
+
+std::vector<double> read_hypers(const std::string& rule_name, const py::dict& group) {
+  const Rule& rule = find_rule(rule_name);
+  std::vector<double> raw;
+  for (int i = 0; i < rule.n_hypers; ++i) raw.push_back(HyperReader(rule.hyper_names[i]).read(group.ptr()));
+  return raw;
+}
+
+// (data pointer, sizes, strides, dtype name, is_complex, is_cpu), or None without strided memory.
+py::object describe(bool readable, const TensorView& view) {
+  if (!readable) return py::none();
+  const std::vector<int64_t> sizes(view.sizes, view.sizes + view.ndim), strides(view.strides, view.strides + view.ndim);
+  return py::make_tuple(reinterpret_cast<uintptr_t>(view.data), sizes, strides, dtype_name(view.dtype),
+                        view.is_complex, view.is_cpu);
+}
+
+// capsule holds torch's own at::Tensor* for the tensor: where the same TensorImpl lies in the Python object, or 0.
+size_t find_tensor_offset(const py::object& tensor, const py::capsule& capsule) {
+  void** const owned = static_cast<void**>(PyCapsule_GetPointer(capsule.ptr(), nullptr));
+  if (owned == nullptr) throw py::error_already_set();
+  const size_t size = static_cast<size_t>(Py_TYPE(tensor.ptr())->tp_basicsize);
+  size_t found = 0;
+  for (size_t at = sizeof(PyObject); !found && at + sizeof(void*) <= size; at += sizeof(void*)) {
+    if (*reinterpret_cast<void**>(reinterpret_cast<char*>(tensor.ptr()) + at) == *owned) found = at;
+  }
+  if (symbols::table().delete_handle) (void)symbols::table().delete_handle(owned);
+  return found;
+}
+
+// What the symbols say about a tensor, for the self-test: (itself, its gradient or None, neg bit, conj bit).
+py::tuple probe_symbols(const py::object& tensor, size_t offset) {
+  const symbols::Tensor handle = reinterpret_cast<char*>(tensor.ptr()) + offset;
+  TensorView view;
+  const bool readable = symbols::view(handle, &view);
+  const py::object self = describe(readable, view);
+  py::object grad = py::none();
+  if (const symbols::Tensor g = symbols::grad_of(handle)) {
+    TensorView grad_view;
+    const bool grad_readable = symbols::view(g, &grad_view);
+    grad = describe(grad_readable, grad_view);
+  }
+  return py::make_tuple(self, grad, symbols::table().is_neg(handle), symbols::table().is_conj(handle));
+}
+
+void bump_by_symbol(const py::object& tensor, size_t offset) {
+  symbols::table().bump_version(reinterpret_cast<char*>(tensor.ptr()) + offset);
+}
+
+py::tuple layout_facts(const py::object& tensor) {
+  TensorView view;
+  if (!dlpack::view(tensor.ptr(), &view)) return py::make_tuple(false, false);
+  return py::make_tuple(is_dense(view), is_aligned(view));
+}
+
+bool has_memory(const py::object& tensor) {
+  TensorView view;
+  return dlpack::view(tensor.ptr(), &view) && view.is_cpu && (view.data || view.numel == 0);
+}
+
+bool same_layout_of(const py::object& a, const py::object& b) {
+  TensorView va, vb;
+  return dlpack::view(a.ptr(), &va) && dlpack::view(b.ptr(), &vb) && same_layout(va, vb);
+}
+
+void stream(const std::vector<uintptr_t>& read_only, const std::vector<uintptr_t>& read_write, int64_t numel,
+            int itemsize, int num_threads) {
+  if (read_only.size() > 1 || read_write.empty() || read_write.size() > 4) {
+    throw py::value_error("stream: at most 1 read-only array and 1 to 4 read-write arrays");
+  }
+  if (itemsize != 2 && itemsize != 4 && itemsize != 8) throw py::value_error("stream: itemsize must be 2, 4 or 8");
+  std::vector<void*> in, out;
+  for (const uintptr_t p : read_only) in.push_back(reinterpret_cast<void*>(p));
+  for (const uintptr_t p : read_write) out.push_back(reinterpret_cast<void*>(p));
+  const py::gil_scoped_release unlocked;
+  cpu::stream(itemsize, in, out, numel, num_threads == 1);
+}
+
+// Makes the plan visible to the garbage collector.
+void make_collectable(PyHeapTypeObject* heap_type) {
+  PyTypeObject* const type = &heap_type->ht_type;
+  type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    return py::detail::is_holder_constructed(self) ? py::cast<Plan&>(py::handle(self)).visit(visit, arg) : 0;
+  };
+  type->tp_clear = [](PyObject* self) {
+    py::cast<Plan&>(py::handle(self)).drop_references();
+    return 0;
+  };
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "pyoptim's compiled kernels and the walk over parameters";
+  if (!cpu::watch_for_fork()) throw std::runtime_error("pyoptim: pthread_atfork failed");
+
+  py::class_<Plan>(m, "Plan", py::custom_type_setup(make_collectable))
+      .def(py::init<const std::string&, const py::list&, const py::list&, const py::list&>())
+      .def("step", &Plan::step, "True when the step was made, False when the general path has to make it");
+
+  m.def("run_rows", &run_rows);
+  m.def("rule_info", &rule_info);
+  m.def("read_hypers", &read_hypers);
+  m.def("variant", &variant_of);
+  m.def("layout_facts", &layout_facts, "(is dense, is aligned) of a strided tensor");
+  m.def("same_layout", &same_layout_of);
+  m.def("has_memory", &has_memory);
+
+  m.def("find_dlpack_api", [](const py::object& tensor_type) { return dlpack::find_api(tensor_type.ptr()); });
+  m.def("symbols_found", [] { return symbols::table().complete; });
+  m.def("find_tensor_offset", &find_tensor_offset);
+  m.def("probe_symbols", &probe_symbols);
+  m.def("bump_by_symbol", &bump_by_symbol);
+  m.def("use_symbols", [](size_t offset) { symbols::offset() = offset; });
+  m.def("access_path", [] { return symbols::enabled() ? "libtorch symbols" : "dlpack"; });
+
+  m.def("built_isas", &cpu::built_isas);
+  m.def("isas", &cpu::supported_isas);
+  m.def("active_isa", [] { return cpu::active_kernels().isa; });
+  m.def("set_isa", [](const std::string& name) {
+    if (!cpu::set_isa(name)) throw py::value_error("this processor or build has no instruction set '" + name + "'");
+  });
+  m.def("num_threads", &cpu::num_threads);
+  m.def("stream", &stream, py::arg("read_only"), py::arg("read_write"), py::arg("numel"), py::arg("itemsize"),
+        py::arg("num_threads"));
+}
+
+}  // namespace pyoptim

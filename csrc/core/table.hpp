@@ -1,0 +1,44 @@
+// What a step works on: one row per parameter tensor, as raw pointers. No Python, no torch.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.hpp"
+
+namespace pyoptim {
+
+constexpr int kMaxStates = 3;
+constexpr int kMaxHypers = 12;
+constexpr int kHyperBytes = 96;
+
+// The combinations of (param, grad, state) that have a kernel.
+enum class DTypeSet : int { f64 = 0, f32, bf16, f16, bf16_state32, f16_state32, count };
+
+inline DTypeSet dtype_set(DType param, DType state) {
+  if (param == state && param != DType::unsupported) return static_cast<DTypeSet>(static_cast<int>(param));
+  if (param == DType::bf16 && state == DType::f32) return DTypeSet::bf16_state32;
+  if (param == DType::f16 && state == DType::f32) return DTypeSet::f16_state32;
+  return DTypeSet::count;
+}
+
+// Hyper-parameters of a group at one step count, prepared by Rule::prepare for the type the arithmetic runs in.
+struct alignas(16) HyperBlock {
+  unsigned char bytes[kHyperBytes];
+};
+
+struct TableRow;
+using UpdateKernel = void (*)(const TableRow& row, const void* hyper, int64_t begin, int64_t end);
+using UnscaleKernel = void (*)(void* grad, double inv_scale, int64_t begin, int64_t end);
+using PrepareHyper = void (*)(const double* raw, double step, bool first, void* hyper);
+
+struct TableRow {
+  void* param;              // [numel], updated in place
+  void* grad;               // [numel], read; written only when unscaled
+  void* state[kMaxStates];  // [numel] each, updated in place
+  int64_t numel;
+  UpdateKernel update;
+  UnscaleKernel unscale;
+  int32_t hyper;  // index of the HyperBlock
+};
+
+}  // namespace pyoptim

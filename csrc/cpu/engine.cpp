@@ -1,0 +1,228 @@
+// Cuts a step into tasks and runs them on torch's threads with the best instruction set.
+#include "cpu/engine.hpp"
+
+#include <dlfcn.h>
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+
+namespace pyoptim::cpu {
+
+const KernelTable& kernels_baseline();
+#if defined(PYOPTIM_X86)
+const KernelTable& kernels_avx2();
+const KernelTable& kernels_avx512();
+#endif
+
+namespace {
+
+std::vector<const KernelTable*> built_tables() {
+  std::vector<const KernelTable*> tables = {&kernels_baseline()};
+#if defined(PYOPTIM_X86)
+  tables.push_back(&kernels_avx2());
+  tables.push_back(&kernels_avx512());
+#endif
+  return tables;
+}
+
+bool can_run(const std::string& isa) {
+#if defined(PYOPTIM_X86)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
+  if (isa == "avx2") return avx2;
+  if (isa == "avx512") {
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  }
+#endif
+  return isa == "baseline";
+}
+
+std::vector<const KernelTable*> runnable_tables() {
+  std::vector<const KernelTable*> tables;
+  for (const KernelTable* table : built_tables()) {
+    if (can_run(table->isa)) tables.push_back(table);
+  }
+  return tables;
+}
+
+const KernelTable* find_table(const std::string& name) {
+  for (const KernelTable* table : runnable_tables()) {
+    if (name == table->isa) return table;
+  }
+  return nullptr;
+}
+
+std::atomic<const KernelTable*>& active_table() {
+  static std::atomic<const KernelTable*> table{runnable_tables().back()};
+  return table;
+}
+
+// torch's stable C interface (torch >= 2.10), found at run time: linking to libgomp or libtorch would tie the build to
+// one torch, and a second thread pool would fight with torch's spinning workers.
+struct TorchThreads {
+  int (*parallel_for)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void*);
+  int (*get_num_threads)(uint32_t* count);
+};
+
+const TorchThreads& torch_threads() {
+  static const TorchThreads threads = [] {
+    TorchThreads found = {};
+    if (void* lib = dlopen(kTorchLibrary, RTLD_NOLOAD | RTLD_LAZY)) {
+      found.parallel_for = reinterpret_cast<decltype(found.parallel_for)>(dlsym(lib, "torch_parallel_for"));
+      found.get_num_threads = reinterpret_cast<decltype(found.get_num_threads)>(dlsym(lib, "torch_get_num_threads"));
+    }
+    return found;
+  }();
+  return threads;
+}
+
+std::atomic<bool> forked{false};
+
+struct Queue {
+  std::atomic<int64_t> next{0};
+  int64_t n_tasks;
+  Task task;
+  void* context;
+
+  void drain() {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n_tasks;) task(i, context);
+  }
+};
+
+struct Segment {
+  int64_t row;
+  int64_t begin;  // first element within the row
+};
+
+// Task boundaries in the rows laid end to end: task i runs from cuts[i] to cuts[i + 1].
+std::vector<Segment> cut_tasks(const std::vector<TableRow>& rows) {
+  std::vector<Segment> cuts = {{0, 0}};
+  int64_t room = kTaskElements;
+  for (size_t r = 0; r < rows.size(); ++r) {
+    for (int64_t done = 0; done < rows[r].numel;) {
+      const int64_t taken = std::min(room, rows[r].numel - done);
+      done += taken;
+      room -= taken;
+      if (room == 0) {
+        cuts.push_back({static_cast<int64_t>(r), done});
+        room = kTaskElements;
+      }
+    }
+  }
+  cuts.push_back({static_cast<int64_t>(rows.size()), 0});
+  return cuts;
+}
+
+struct Step {
+  const std::vector<TableRow>& rows;
+  const std::vector<HyperBlock>& hypers;
+  double inv_scale;
+  std::vector<Segment> cuts;
+
+  void update(const TableRow& row, int64_t begin, int64_t end) const {
+    const void* const hyper = &hypers[row.hyper];
+    if (inv_scale == 1.0) return row.update(row, hyper, begin, end);
+    constexpr int64_t kBlock = 4096;  // an unscaled block is still in the first-level cache when the rule reads it
+    for (; begin < end; begin += kBlock) {
+      const int64_t stop = std::min(end, begin + kBlock);
+      row.unscale(row.grad, inv_scale, begin, stop);
+      row.update(row, hyper, begin, stop);
+    }
+  }
+
+  void run(int64_t task) const {
+    const Segment first = cuts[task], last = cuts[task + 1];
+    const int64_t n_rows = static_cast<int64_t>(rows.size());
+    for (int64_t r = first.row; r <= last.row && r < n_rows; ++r) {
+      const int64_t begin = r == first.row ? first.begin : 0;
+      const int64_t end = r == last.row ? last.begin : rows[r].numel;
+      if (begin < end) update(rows[r], begin, end);
+    }
+  }
+};
+
+}  // namespace
+
+std::vector<std::string> built_isas() {
+  std::vector<std::string> names;
+  for (const KernelTable* table : built_tables()) names.push_back(table->isa);
+  return names;
+}
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const KernelTable* table : runnable_tables()) names.push_back(table->isa);
+  return names;
+}
+
+const KernelTable& active_kernels() { return *active_table().load(std::memory_order_relaxed); }
+
+bool watch_for_fork() {
+  return pthread_atfork(nullptr, nullptr, [] { forked = true; }) == 0;
+}
+
+bool set_isa(const std::string& name) {
+  const KernelTable* const table = find_table(name);
+  if (table) active_table() = table;
+  return table != nullptr;
+}
+
+int num_threads() {
+  uint32_t count = 1;
+  const TorchThreads& threads = torch_threads();
+  if (forked || !threads.parallel_for || !threads.get_num_threads || threads.get_num_threads(&count) != 0) return 1;
+  return static_cast<int>(count);
+}
+
+void run_tasks(int64_t n_tasks, bool serial, Task task, void* context) {
+  Queue queue{{0}, n_tasks, task, context};
+  const int64_t workers = serial ? 1 : std::min<int64_t>(num_threads(), n_tasks);
+  if (workers > 1) {
+    const auto drain = [](int64_t, int64_t, void* q) { static_cast<Queue*>(q)->drain(); };
+    // A failure leaves tasks in the queue, and the line below runs them.
+    (void)torch_threads().parallel_for(0, workers, 1, drain, &queue);
+  }
+  queue.drain();
+}
+
+void update_rows(const std::vector<TableRow>& rows, const std::vector<HyperBlock>& hypers, double inv_scale) {
+  int64_t total = 0;
+  for (const TableRow& row : rows) total += row.numel;
+  const Step step{rows, hypers, inv_scale, {}};
+  if (total <= kSerialElements) {
+    for (const TableRow& row : rows) step.update(row, 0, row.numel);
+    return;
+  }
+  Step cut{rows, hypers, inv_scale, cut_tasks(rows)};
+  const auto run = [](int64_t i, void* s) { static_cast<const Step*>(s)->run(i); };
+  run_tasks(static_cast<int64_t>(cut.cuts.size()) - 1, false, run, &cut);
+}
+
+namespace {
+
+struct Stream {
+  int itemsize;
+  const std::vector<void*>& read_only;
+  const std::vector<void*>& read_write;
+  int64_t numel;
+
+  void run(int64_t task) const {
+    const int64_t begin = task * kTaskElements;
+    active_kernels().stream(itemsize, read_only.data(), static_cast<int>(read_only.size()), read_write.data(),
+                            static_cast<int>(read_write.size()), begin, std::min(numel, begin + kTaskElements));
+  }
+};
+
+}  // namespace
+
+void stream(int itemsize, const std::vector<void*>& read_only, const std::vector<void*>& read_write, int64_t numel,
+            bool serial) {
+  Stream loop{itemsize, read_only, read_write, numel};
+  const auto run = [](int64_t i, void* s) { static_cast<const Stream*>(s)->run(i); };
+  run_tasks((numel + kTaskElements - 1) / kTaskElements, serial, run, &loop);
+}
+
+}  // namespace pyoptim::cpu

@@ -1,0 +1,114 @@
+// Loops over one contiguous segment; included once per instruction set, which the file that includes this names.
+#include "cpu/engine.hpp"
+
+namespace pyoptim::cpu {
+namespace {
+
+// A separate function keeps the loop's locals free of taken addresses: otherwise gcc leaves the loop scalar.
+template <class Rule, int V, class P, class G, class S>
+inline __attribute__((always_inline)) void lane(const typename Rule::Hyper& h, P& param, const G& grad, S* s0, S* s1,
+                                                S* s2, int64_t i) {
+  using T = typename Compute<P>::type;
+  constexpr int kStates = Rule::kStates[V];
+  T p = load(param), a = 0, b = 0, c = 0;
+  if constexpr (kStates > 0) a = load(s0[i]);
+  if constexpr (kStates > 1) b = load(s1[i]);
+  if constexpr (kStates > 2) c = load(s2[i]);
+  Rule::template update<V>(h, p, load(grad), a, b, c);
+  store(param, p);
+  if constexpr (kStates > 0) store(s0[i], a);
+  if constexpr (kStates > 1) store(s1[i], b);
+  if constexpr (kStates > 2) store(s2[i], c);
+}
+
+template <class Rule, int V, class P, class S>
+void update_segment(const TableRow& row, const void* hyper, int64_t begin, int64_t end) {
+  const typename Rule::Hyper h = *static_cast<const typename Rule::Hyper*>(hyper);
+  P* const p = static_cast<P*>(row.param);
+  const P* const g = static_cast<const P*>(row.grad);
+  S* const s0 = static_cast<S*>(row.state[0]);
+  S* const s1 = static_cast<S*>(row.state[1]);
+  S* const s2 = static_cast<S*>(row.state[2]);
+#pragma omp simd
+  for (int64_t i = begin; i < end; ++i) lane<Rule, V>(h, p[i], g[i], s0, s1, s2, i);
+}
+
+template <class G>
+void unscale_segment(void* grad, double inv_scale, int64_t begin, int64_t end) {
+  using T = typename Compute<G>::type;
+  G* const g = static_cast<G*>(grad);
+  const T factor = static_cast<T>(inv_scale);
+#pragma omp simd
+  for (int64_t i = begin; i < end; ++i) store(g[i], load(g[i]) * factor);
+}
+
+// One loop per count of arrays, so that the compiler sees them all at once as it does in an update.
+template <class E, int R, int W>
+void stream_arrays(void* const* read_only, void* const* read_write, int64_t begin, int64_t end) {
+  const E* const r = static_cast<const E*>(R ? read_only[0] : read_write[0]);
+  E* const w0 = static_cast<E*>(read_write[0]);
+  E* const w1 = static_cast<E*>(read_write[W > 1 ? 1 : 0]);
+  E* const w2 = static_cast<E*>(read_write[W > 2 ? 2 : 0]);
+  E* const w3 = static_cast<E*>(read_write[W > 3 ? 3 : 0]);
+#pragma omp simd
+  for (int64_t i = begin; i < end; ++i) {
+    const E x = R ? r[i] : E(1);
+    w0[i] = static_cast<E>(w0[i] + x);
+    if constexpr (W > 1) w1[i] = static_cast<E>(w1[i] + x);
+    if constexpr (W > 2) w2[i] = static_cast<E>(w2[i] + x);
+    if constexpr (W > 3) w3[i] = static_cast<E>(w3[i] + x);
+  }
+}
+
+template <class E>
+void stream_items(void* const* read_only, int n_read_only, void* const* read_write, int n_read_write, int64_t begin,
+                  int64_t end) {
+  using Loop = void (*)(void* const*, void* const*, int64_t, int64_t);
+  constexpr Loop kLoops[2][4] = {
+      {stream_arrays<E, 0, 1>, stream_arrays<E, 0, 2>, stream_arrays<E, 0, 3>, stream_arrays<E, 0, 4>},
+      {stream_arrays<E, 1, 1>, stream_arrays<E, 1, 2>, stream_arrays<E, 1, 3>, stream_arrays<E, 1, 4>}};
+  kLoops[n_read_only][n_read_write - 1](read_only, read_write, begin, end);
+}
+
+void stream_segment(int itemsize, void* const* read_only, int n_read_only, void* const* read_write, int n_read_write,
+                    int64_t begin, int64_t end) {
+  const auto loop = itemsize == 2   ? stream_items<uint16_t>
+                    : itemsize == 4 ? stream_items<float>
+                                    : stream_items<double>;
+  loop(read_only, n_read_only, read_write, n_read_write, begin, end);
+}
+
+template <template <class> class Rule, int V>
+void fill_variant(UpdateKernel* by_dtype_set) {
+  if constexpr (V < Rule<float>::kVariants) {
+    UpdateKernel* const k = by_dtype_set;
+    k[static_cast<int>(DTypeSet::f64)] = update_segment<Rule<double>, V, double, double>;
+    k[static_cast<int>(DTypeSet::f32)] = update_segment<Rule<float>, V, float, float>;
+    k[static_cast<int>(DTypeSet::bf16)] = update_segment<Rule<float>, V, Bf16, Bf16>;
+    k[static_cast<int>(DTypeSet::f16)] = update_segment<Rule<float>, V, F16, F16>;
+    k[static_cast<int>(DTypeSet::bf16_state32)] = update_segment<Rule<float>, V, Bf16, float>;
+    k[static_cast<int>(DTypeSet::f16_state32)] = update_segment<Rule<float>, V, F16, float>;
+  }
+}
+
+KernelTable make_table(const char* isa) {
+  KernelTable table = {};
+  table.isa = isa;
+#define PYOPTIM_FILL(Rule)                                               \
+  static_assert(Rule<float>::kVariants <= kMaxVariants, "too many variants"); \
+  fill_variant<Rule, 0>(table.update[static_cast<int>(RuleId::Rule)][0]);    \
+  fill_variant<Rule, 1>(table.update[static_cast<int>(RuleId::Rule)][1]);    \
+  fill_variant<Rule, 2>(table.update[static_cast<int>(RuleId::Rule)][2]);    \
+  fill_variant<Rule, 3>(table.update[static_cast<int>(RuleId::Rule)][3]);
+  PYOPTIM_FOR_EACH_RULE(PYOPTIM_FILL)
+#undef PYOPTIM_FILL
+  table.unscale[static_cast<int>(DType::f64)] = unscale_segment<double>;
+  table.unscale[static_cast<int>(DType::f32)] = unscale_segment<float>;
+  table.unscale[static_cast<int>(DType::bf16)] = unscale_segment<Bf16>;
+  table.unscale[static_cast<int>(DType::f16)] = unscale_segment<F16>;
+  table.stream = stream_segment;
+  return table;
+}
+
+}  // namespace
+}  // namespace pyoptim::cpu

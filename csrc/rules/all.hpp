@@ -1,0 +1,26 @@
+// The one list of rules. A new optimizer is a header beside this file and a line here.
+#pragma once
+
+#include "rules/adagrad.hpp"
+#include "rules/adam.hpp"
+#include "rules/rmsprop.hpp"
+#include "rules/sgd.hpp"
+
+#define PYOPTIM_FOR_EACH_RULE(X) \
+  X(Sgd)                         \
+  X(Adam)                        \
+  X(RmsProp)                     \
+  X(Adagrad)
+
+namespace pyoptim {
+
+enum class RuleId : int {
+#define PYOPTIM_RULE_ID(Rule) Rule,
+  PYOPTIM_FOR_EACH_RULE(PYOPTIM_RULE_ID)
+#undef PYOPTIM_RULE_ID
+      count
+};
+
+constexpr int kMaxVariants = 4;
+
+}  // namespace pyoptim

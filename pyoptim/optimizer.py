@@ -1,0 +1,229 @@
+"""FusedOptimizer: the contract of torch.optim around one rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd import profiler
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
+
+from pyoptim import backend
+from pyoptim.plan import HALF_DTYPES, Row, general_step, new_counter
+
+# Which implementation runs is this process's choice, never a checkpoint's.
+IMPLEMENTATION_FLAGS = ("foreach", "fused", "capturable", "differentiable")
+Reference = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+
+
+class FusedOptimizer(Optimizer):
+    """Base of pyoptim's optimizers: one rule, run by the engine that fits.
+
+    A subclass names its rule, lists its state, and gives the plain-PyTorch `reference` of one tensor's update.
+    """
+
+    rule: ClassVar[str]
+    counts_steps: ClassVar[bool] = True
+    # GradScaler then hands over grad_scale and found_inf instead of unscaling in a pass of its own.
+    _step_supports_amp_scaling = True
+
+    state_dtype: torch.dtype | None
+    backend: str | None
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    _plan: Any = None
+    _plan_epoch: int = -1
+
+    def _configure(self, state_dtype: torch.dtype | None, backend_name: str | None) -> None:
+        if state_dtype not in (None, torch.float32):
+            raise ValueError(f"state_dtype must be None or torch.float32, got {state_dtype!r}")
+        self.state_dtype = state_dtype
+        self.backend = None if backend_name is None else backend.check_choice(backend_name)
+
+    # -- what a subclass says ------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def state_names(group: Mapping[str, Any]) -> tuple[str, ...]:
+        """Returns the keys of the state tensors that the options of `group` need, in the rule's order."""
+        raise NotImplementedError
+
+    @staticmethod
+    def reference(
+        param: Tensor,
+        grad: Tensor,
+        state: Mapping[str, Tensor],
+        group: Mapping[str, Any],
+        step: float = 1,
+        first: bool = False,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns (new param, new state) of one update in plain PyTorch; changes nothing.
+
+        Args:
+            param, grad: real tensors of one shape; the arithmetic runs in their dtype (use float64 for the truth).
+            state: the tensors that `state_names(group)` lists, shape of param.
+            group: hyper-parameters under torch's names, as in `param_groups`.
+            step: number of this step, from 1.
+            first: whether the momentum buffer is new.
+        """
+        raise NotImplementedError
+
+    def _new_state(self, name: str, param: Tensor) -> Tensor:
+        return torch.zeros_like(param, dtype=self._dtype_of_state(param), memory_format=torch.preserve_format)
+
+    def _check_sparse(self, group: Mapping[str, Any], grad: Tensor) -> None:
+        raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+
+    def _sparse_step(self, row: Row, group: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+    # -- stepping ------------------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Updates every parameter that has a gradient.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; called once, with gradients enabled.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: a gradient, a parameter or a state tensor cannot be used; nothing has been changed.
+            BackendError: `backend=` names a backend that cannot run this; nothing has been changed.
+        """
+        if self._is_observed():
+            return self._observed_step(closure)
+        return self._unobserved_step(closure)
+
+    # torch would wrap step() in hook and profiler handling that costs 7 to 9 us; it is paid only when either is in use.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _is_observed(self) -> bool:
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+            or torch_optimizer._global_optimizer_post_hooks
+            or profiler._is_profiler_enabled
+            or torch._C._autograd._profiler_enabled()
+        )
+
+    def _unobserved_step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        inv_scale = self._inverse_scale() if "found_inf" in self.__dict__ else 1.0
+        if inv_scale is not None:
+            self._update(inv_scale)
+        return loss
+
+    _observed_step = Optimizer.profile_hook_step(_unobserved_step)
+
+    def _update(self, inv_scale: float) -> None:
+        if self._plan is not None and self._plan_epoch == backend.current_epoch():
+            if self._plan.step(self.param_groups, self.state, inv_scale):
+                return
+        self._plan_epoch = backend.current_epoch()
+        general_step(self, inv_scale)
+
+    def _inverse_scale(self) -> float | None:
+        """Returns 1/loss scale as GradScaler left it, or None when the step is to be skipped."""
+        if self.found_inf is not None and float(self.found_inf) != 0:
+            return None
+        scale = getattr(self, "grad_scale", None)
+        return 1.0 if scale is None else 1.0 / float(scale)
+
+    def _plain_step(self, row: Row, inv_scale: float) -> None:
+        """One row without a kernel: the reference, or torch's own code for a sparse gradient."""
+        group = self.param_groups[row.group]
+        with torch.set_grad_enabled(bool(group.get("differentiable"))):
+            if inv_scale != 1.0:
+                row.grad.mul_(inv_scale)
+            if row.backend == "sparse":
+                self._sparse_step(row, group)
+            else:
+                self._reference_step(row, group)
+
+    def _reference_step(self, row: Row, group: Mapping[str, Any]) -> None:
+        step = 1.0
+        if row.step is not None:
+            row.step += 1
+            step = float(row.step)
+        names = self.state_names(group)
+        param, grad, *states = (_as_real(t) for t in (row.param, row.grad, *row.states))
+        compute = torch.float32 if param.dtype in HALF_DTYPES else param.dtype
+        # Copies, because autograd may need the old values after they have been overwritten (differentiable=True).
+        old = {name: state.to(compute, copy=True) for name, state in zip(names, states, strict=True)}
+        new_param, new_states = self.reference(
+            param.to(compute, copy=True), grad.to(compute), old, group, step, row.first
+        )
+        for name, state in zip(names, states, strict=True):
+            state.copy_(new_states[name])
+        param.copy_(new_param)
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def _dtype_of_state(self, param: Tensor) -> torch.dtype:
+        return self.state_dtype if self.state_dtype and param.dtype in HALF_DTYPES else param.dtype
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self._plan = None
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state_dict of this optimizer or of any torch implementation of it.
+
+        As torch.optim, with three differences: the implementation flags stay those of this optimizer, `state_dtype`
+        holds for the loaded state, and step counters keep their exact value.
+        """
+        flags = [{k: g[k] for k in IMPLEMENTATION_FLAGS if k in g} for g in self.param_groups]
+        loaded: dict[str, Any] = {}
+
+        def keep_source(_: Optimizer, source: dict[str, Any]) -> None:
+            loaded.update(source)
+
+        def restore(_: Optimizer) -> None:
+            for group, kept in zip(self.param_groups, flags, strict=True):
+                group.update(kept)
+            for entry, param, source in self._entries_with_source(loaded):
+                self._restore_precision(entry, param, source)
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(keep_source),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _entries_with_source(self, loaded: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Tensor, Any]]:
+        saved = (i for group in loaded["param_groups"] for i in group["params"])
+        params = (p for group in self.param_groups for p in group["params"])
+        for index, param in zip(saved, params, strict=True):
+            if index in loaded["state"]:
+                yield self.state[param], param, loaded["state"][index]
+
+    def _restore_precision(self, entry: dict[str, Any], param: Tensor, source: Mapping[str, Any]) -> None:
+        if "step" in source:
+            entry["step"] = new_counter(float(source["step"]))
+        dtype = self._dtype_of_state(param)
+        for name, value in source.items():
+            if name != "step" and isinstance(value, Tensor) and value.is_floating_point() and dtype != param.dtype:
+                entry[name] = value.to(dtype=dtype, device=param.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "state_dtype": self.state_dtype, "backend": self.backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._plan = None
+        super().__setstate__(state)
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
