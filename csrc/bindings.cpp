@@ -10,6 +10,31 @@
 namespace pyoptim {
 namespace {
 
+bool add_row(const Rule& rule, const py::tuple& fields, HyperCache& cache, Table& table) {
+  TensorView param, grad, states[kMaxStates];
+  const int group = py::cast<int>(fields[4]);
+  const int variant = rule.variant(cache.raw(group).data());
+  const py::tuple state_tensors = fields[2];
+  if (static_cast<int>(state_tensors.size()) != rule.n_states[variant]) return false;
+  if (!dlpack::view(py::object(fields[0]).ptr(), &param) || !dlpack::view(py::object(fields[1]).ptr(), &grad)) {
+    return false;
+  }
+  for (size_t i = 0; i < state_tensors.size(); ++i) {
+    if (!dlpack::view(py::object(state_tensors[i]).ptr(), &states[i])) return false;
+  }
+  StepCounter counter;
+  const py::object step = fields[3];
+  if (!step.is_none() && !(counter.bind(step.ptr()) && counter.can_count())) return false;
+  TableRow row = {};
+  if (!prepare_row(rule, variant, param, states, &row) || grad.dtype != param.dtype || !is_usable(grad, param)) {
+    return false;
+  }
+  row.grad = grad.data;
+  row.hyper = cache.index(group, counter.next(), py::cast<bool>(fields[5]), param.dtype == DType::f64);
+  table.add(row, counter);
+  return true;
+}
+
 // One update of tensors given explicitly, all of one memory layout per row and no memory shared between rows.
 // rows: (param, grad, (states...), step or None, group, first); hypers: raw values by group.
 void run_rows(const std::string& rule_name, const std::vector<py::tuple>& rows,
@@ -17,23 +42,9 @@ void run_rows(const std::string& rule_name, const std::vector<py::tuple>& rows,
   const Rule& rule = find_rule(rule_name);
   HyperCache cache(rule);
   cache.start(hypers);
-  Table table(rule);
+  Table table;
   for (const py::tuple& row : rows) {
-    TensorView param, grad, states[kMaxStates];
-    const int group = py::cast<int>(row[4]);
-    const int variant = rule.variant(cache.raw(group).data());
-    const py::tuple state_tensors = row[2];
-    bool readable = dlpack::view(py::object(row[0]).ptr(), &param) && dlpack::view(py::object(row[1]).ptr(), &grad) &&
-                    static_cast<int>(state_tensors.size()) == rule.n_states[variant];
-    for (size_t i = 0; readable && i < state_tensors.size(); ++i) {
-      readable = dlpack::view(py::object(state_tensors[i]).ptr(), &states[i]);
-    }
-    StepCounter counter;
-    const py::object step = row[3];
-    readable = readable && (step.is_none() || counter.read(step));
-    const bool first = py::cast<bool>(row[5]);
-    const int32_t hyper = cache.index(group, counter.next(), first, param.dtype == DType::f64);
-    if (!readable || !table.add(param, grad, states, variant, counter, hyper)) {
+    if (!add_row(rule, row, cache, table)) {
       throw py::value_error("run_rows: the tensors of a row have no kernel together");
     }
   }
@@ -156,7 +167,7 @@ PYBIND11_MODULE(_C, m) {
   if (!cpu::watch_for_fork()) throw std::runtime_error("pyoptim: pthread_atfork failed");
 
   py::class_<Plan>(m, "Plan", py::custom_type_setup(make_collectable))
-      .def(py::init<const std::string&, const py::list&, const py::list&, const py::list&>())
+      .def(py::init<const std::string&, const py::list&, const py::dict&, const py::list&, const py::list&>())
       .def("step", &Plan::step, "True when the step was made, False when the general path has to make it");
 
   m.def("run_rows", &run_rows);
@@ -168,6 +179,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("has_memory", &has_memory);
 
   m.def("find_dlpack_api", [](const py::object& tensor_type) { return dlpack::find_api(tensor_type.ptr()); });
+  symbols::loaded = symbols::load();
   m.def("symbols_found", [] { return symbols::table().complete; });
   m.def("find_tensor_offset", &find_tensor_offset);
   m.def("probe_symbols", &probe_symbols);

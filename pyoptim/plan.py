@@ -362,10 +362,11 @@ def _make_plan(optimizer: FusedOptimizer, rows: list[Row]) -> Any:
         for g, group in enumerate(optimizer.param_groups)
         for param in group["params"]
     ]
-    return native.Plan(optimizer.rule, optimizer.param_groups, fields, ["capturable", "differentiable"])
+    guards = ["capturable", "differentiable"]
+    return native.Plan(optimizer.rule, optimizer.param_groups, optimizer.state, fields, guards)
 
 
 def _plan_fields(optimizer: FusedOptimizer, g: int, param: Tensor, row: Row | None) -> tuple[Any, ...]:
     if row is None:
-        return g, param, None, None, (), False, False
-    return g, param, optimizer.state.get(param), row.step, tuple(row.states), False, True
+        return g, param, None, (), False, False
+    return g, param, optimizer.state.get(param), tuple(row.states), False, True

@@ -130,101 +130,77 @@ class HyperCache {
   std::vector<int32_t> latest_;  // [group][is_double]
 };
 
-struct Row {
-  py::object param;
-  Py_hash_t hash = 0;
-  int group = 0;
-  bool active = false;  // false: no gradient was seen yet, so there is no state
-  bool first = false;   // the momentum buffer is new
-  py::object entry;     // optimizer.state[param], or none when the rule keeps no state
-  py::object step;
-  py::object states[kMaxStates];
-};
-
 // A step counter as users see it: a 0-dim tensor, float32 as torch's, float64 once float32 can no longer count.
-class StepCounter {
- public:
-  bool read(const py::object& tensor) {
+struct StepCounter {
+  void* data = nullptr;
+  bool is_double = false;
+
+  bool bind(PyObject* tensor) {
     TensorView view;
-    if (!view_of(tensor.ptr(), &view) || view.numel != 1 || !view.is_cpu || view.is_complex || view.data == nullptr) return false;
-    is_double_ = view.dtype == DType::f64;
-    if (!is_double_ && view.dtype != DType::f32) return false;
-    data_ = view.data;
-    next_ = (is_double_ ? *static_cast<double*>(data_) : *static_cast<float*>(data_)) + 1.0;
-    return is_double_ || next_ < kFloat32Limit;
+    if (!view_of(tensor, &view) || view.numel != 1 || !view.is_cpu || view.is_complex || !view.data) return false;
+    data = view.data;
+    is_double = view.dtype == DType::f64;
+    return is_double || view.dtype == DType::f32;
   }
-  double next() const { return next_; }
-  void commit() const {
-    if (is_double_) {
-      *static_cast<double*>(data_) = next_;
-    } else if (data_) {
-      *static_cast<float*>(data_) = static_cast<float>(next_);
+  double next() const {
+    if (!data) return 1.0;
+    return (is_double ? *static_cast<double*>(data) : *static_cast<float*>(data)) + 1.0;
+  }
+  bool can_count() const { return is_double || !data || next() < 16777216.0; }  // 2^24: float32 is exact below
+  void advance() const {
+    const double value = next();
+    if (is_double) {
+      *static_cast<double*>(data) = value;
+    } else if (data) {
+      *static_cast<float*>(data) = static_cast<float>(value);
     }
   }
-
- private:
-  static constexpr double kFloat32Limit = 16777216.0;  // 2^24: float32 holds every integer below
-  void* data_ = nullptr;
-  double next_ = 0;
-  bool is_double_ = false;
 };
+
+inline bool is_usable(const TensorView& t, const TensorView& like) {
+  return t.is_cpu && (t.data || t.numel == 0) && t.is_complex == like.is_complex && is_aligned(t) &&
+         same_layout(t, like);
+}
+
+// All of a row but its gradient and hyper-parameters. False when the tensors have no kernel together.
+inline bool prepare_row(const Rule& rule, int variant, const TensorView& param, const TensorView* states,
+                        TableRow* row) {
+  const int n_states = rule.n_states[variant];
+  const DType state_dtype = n_states ? states[0].dtype : param.dtype;
+  const DTypeSet set = dtype_set(param.dtype, state_dtype);
+  if (set == DTypeSet::count || !is_usable(param, param) || !is_dense(param)) return false;
+  for (int i = 0; i < n_states; ++i) {
+    if (!is_usable(states[i], param) || states[i].dtype != state_dtype) return false;
+    row->state[i] = states[i].data;
+  }
+  const cpu::KernelTable& kernels = cpu::active_kernels();
+  row->param = param.data;
+  row->numel = param.numel * (param.is_complex ? 2 : 1);
+  row->update = kernels.update[static_cast<int>(rule.id)][variant][static_cast<int>(set)];
+  row->unscale = kernels.unscale[static_cast<int>(param.dtype)];
+  return true;
+}
 
 // The rows of one step, filled under the GIL and run without it.
-class Table {
- public:
-  explicit Table(const Rule& rule) : rule_(rule) {}
+struct Table {
+  std::vector<TableRow> rows;
+  std::vector<StepCounter> counters;
+  int64_t total = 0;
 
   void clear() {
-    rows_.clear();
-    counters_.clear();
-    total_ = 0;
+    rows.clear();
+    counters.clear();
+    total = 0;
   }
-
-  // False when the tensors have no kernel together; the table is then not to be run.
-  bool add(const TensorView& param, const TensorView& grad, const TensorView* states, int variant,
-           const StepCounter& counter, int32_t hyper) {
-    const int n_states = rule_.n_states[variant];
-    const DType state_dtype = n_states ? states[0].dtype : param.dtype;
-    const DTypeSet set = dtype_set(param.dtype, state_dtype);
-    if (set == DTypeSet::count || !usable(param, param) || !usable(grad, param) || grad.dtype != param.dtype) {
-      return false;
-    }
-    TableRow row = {};
-    for (int i = 0; i < n_states; ++i) {
-      if (!usable(states[i], param) || states[i].dtype != state_dtype) return false;
-      row.state[i] = states[i].data;
-    }
-    const cpu::KernelTable& kernels = cpu::active_kernels();
-    row.param = param.data;
-    row.grad = grad.data;
-    row.numel = param.numel * (param.is_complex ? 2 : 1);
-    row.update = kernels.update[static_cast<int>(rule_.id)][variant][static_cast<int>(set)];
-    row.unscale = kernels.unscale[static_cast<int>(param.dtype)];
-    row.hyper = hyper;
-    total_ += row.numel;
-    rows_.push_back(row);
-    counters_.push_back(counter);
-    return true;
+  void add(const TableRow& row, const StepCounter& counter) {
+    total += row.numel;
+    rows.push_back(row);
+    counters.push_back(counter);
   }
-
   void run(const HyperCache& hypers, double inv_scale) const {
-    cpu::update_rows(rows_, hypers.blocks(), inv_scale);
-    for (const StepCounter& counter : counters_) counter.commit();
+    cpu::update_rows(rows, hypers.blocks(), inv_scale);
+    for (const StepCounter& counter : counters) counter.advance();
   }
-
-  int64_t total() const { return total_; }
-  size_t size() const { return rows_.size(); }
-
- private:
-  static bool usable(const TensorView& t, const TensorView& like) {
-    return t.is_cpu && (t.data || t.numel == 0) && t.is_complex == like.is_complex && is_aligned(t) &&
-           (&t == &like ? is_dense(t) : same_layout(t, like));
-  }
-
-  const Rule& rule_;
-  std::vector<TableRow> rows_;
-  std::vector<StepCounter> counters_;
-  int64_t total_ = 0;
 };
 
 // Gradients held while the GIL is away, so that another thread's zero_grad cannot free them.
@@ -232,11 +208,12 @@ class GradHolder {
  public:
   void hold(symbols::Tensor grad) {
     symbols::Tensor copy = nullptr;
-    if (symbols::table().new_handle(grad, &copy) == 0) handles_.push_back(copy);
+    if (symbols::table().new_handle(grad, &copy) != 0) throw std::bad_alloc();
+    handles_.push_back(copy);
   }
   void hold(py::object grad) { objects_.push_back(std::move(grad)); }
   void clear() {
-    for (const symbols::Tensor handle : handles_) (void)symbols::table().delete_handle(handle);
+    for (const symbols::Tensor handle : handles_) (void)symbols::table().delete_handle(handle);  // frees; cannot fail
     handles_.clear();
     objects_.clear();
   }
@@ -247,76 +224,149 @@ class GradHolder {
   std::vector<py::object> objects_;
 };
 
+// One parameter as the plan was made for it.
+struct Row {
+  int group = 0;
+  bool active = false;  // false: no gradient was seen yet, so there is no state
+  bool first = false;   // the momentum buffer is new
+  py::object param;
+  PyObject* entry_dict = nullptr;                        // optimizer.state[param], held by the plan's state_
+  std::vector<std::pair<py::object, py::object>> entry;  // what it holds, in its order
+  std::vector<py::object> states;
+  StepCounter counter;
+  PyObject* step = nullptr;  // held by entry
+  TableRow table_row = {};   // with the addresses of param and states
+  TensorView layout = {};    // of param; sizes and strides point into dims
+  std::vector<int64_t> dims;
+
+  template <class Hint>
+  void for_each_tensor(Hint hint) const {
+    hint(param.ptr());
+    for (const py::object& state : states) hint(state.ptr());
+    if (step) hint(step);
+  }
+
+  // False when the tensors cannot run as they are.
+  bool bind(const Rule& rule, int variant) {
+    TensorView view, state_views[kMaxStates];
+    if (!view_of(param.ptr(), &view)) return false;
+    for (size_t i = 0; i < states.size(); ++i) {
+      if (!view_of(states[i].ptr(), &state_views[i])) return false;
+    }
+    if (step && !counter.bind(step)) return false;
+    dims.assign(view.sizes, view.sizes + view.ndim);
+    dims.insert(dims.end(), view.strides, view.strides + view.ndim);
+    layout = view;
+    layout.sizes = dims.data();
+    layout.strides = dims.data() + view.ndim;
+    return prepare_row(rule, variant, view, state_views, &table_row);
+  }
+
+  // The tensors are where they were, so what was checked for them still holds.
+  bool is_current() const {
+    TensorView view;
+    const bool readable = symbols::enabled() ? symbols::view_memory(symbols::tensor_of(param.ptr()), &view)
+                                             : dlpack::view(param.ptr(), &view);
+    if (!readable || view.data != layout.data || view.dtype != layout.dtype || !same_layout(view, layout)) return false;
+    if (view.is_complex != layout.is_complex) return false;
+    void* data = nullptr;
+    for (size_t i = 0; i < states.size(); ++i) {
+      if (!data_of(states[i].ptr(), &data) || data != table_row.state[i]) return false;
+    }
+    return !step || (data_of(step, &data) && data == counter.data && counter.can_count());
+  }
+};
+
+// Walks a dict and says whether it still holds the same objects in the same order: no hashing, no lookups.
+template <class Items>
+bool dict_holds(PyObject* dict, const Items& items) {
+  if (!PyDict_Check(dict) || PyDict_GET_SIZE(dict) != static_cast<Py_ssize_t>(items.size())) return false;
+  PyObject *key = nullptr, *value = nullptr;
+  Py_ssize_t position = 0;
+  for (const auto& item : items) {
+    if (!PyDict_Next(dict, &position, &key, &value)) return false;
+    if (key != item.first.ptr() || value != item.second.ptr()) return false;
+  }
+  return true;
+}
+
+inline std::vector<std::pair<py::object, py::object>> snapshot(PyObject* dict) {
+  std::vector<std::pair<py::object, py::object>> items;
+  PyObject *key = nullptr, *value = nullptr;
+  for (Py_ssize_t position = 0; PyDict_Next(dict, &position, &key, &value);) {
+    items.emplace_back(py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value));
+  }
+  return items;
+}
+
 // Below this many elements a step ends before another thread would get its turn (the interpreter switches every 5 ms),
 // so the GIL is kept and the gradients need no holding.
 constexpr int64_t kKeepGilElements = 1 << 20;
 
 class Plan {
  public:
-  // rows: (group, param, entry or None, step or None, (states...), first, active) for every parameter of every group
-  // in order; an inactive row is a parameter without a gradient so far. No two parameters may share memory.
+  // rows: (group, param, state dict or None, (states...), first, active) for every parameter of every group in order;
+  // an inactive row is a parameter without a gradient so far. No two parameters may share memory.
   // guards: group keys whose truth is fixed while the plan lives.
-  Plan(const std::string& rule, const py::list& param_groups, const py::list& rows, const py::list& guards)
-      : rule_(find_rule(rule)), table_(rule_), hypers_(rule_) {
+  Plan(const std::string& rule, const py::list& param_groups, const py::dict& state, const py::list& rows,
+       const py::list& guards)
+      : rule_(find_rule(rule)), hypers_(rule_), kernels_(&cpu::active_kernels()), state_(snapshot(state.ptr())) {
     for (int i = 0; i < rule_.n_hypers; ++i) readers_.emplace_back(rule_.hyper_names[i]);
-    for (const py::handle guard : guards) guards_.emplace_back(py::cast<std::string>(guard));
-    for (int v = 0; v < rule_.n_variants; ++v) {
-      for (int i = 0; i < rule_.n_states[v]; ++i) state_keys_[v][i] = intern(rule_.state_names[v][i]);
-    }
-    for (const py::handle row : rows) add_row(py::reinterpret_borrow<py::tuple>(row));
+    for (const py::handle guard : guards) guards_.push_back(py::reinterpret_borrow<py::object>(guard));
     hypers_.start(read_groups(param_groups));
     for (size_t g = 0; g < param_groups.size(); ++g) {
       variants_.push_back(rule_.variant(hypers_.raw(static_cast<int>(g)).data()));
       guard_values_.push_back(read_guards(param_groups[g].ptr()));
     }
+    for (const py::handle row : rows) add_row(py::reinterpret_borrow<py::tuple>(row));
   }
 
   // What the garbage collector needs to see: a hook on a parameter may hold the optimizer that owns this plan.
   int visit(visitproc visit_object, void* arg) const {
+    for (const auto& [key, value] : state_) {
+      if (const int stop = visit_object(key.ptr(), arg)) return stop;
+      if (const int stop = visit_object(value.ptr(), arg)) return stop;
+    }
     for (const Row& row : rows_) {
-      for (const py::object* object : {&row.param, &row.entry, &row.step}) {
-        if (const int stop = visit_if(object->ptr(), visit_object, arg)) return stop;
-      }
-      for (const py::object& state : row.states) {
-        if (const int stop = visit_if(state.ptr(), visit_object, arg)) return stop;
-      }
+      if (const int stop = visit_object(row.param.ptr(), arg)) return stop;
+      for (const py::object& tensor : row.states) if (const int stop = visit_object(tensor.ptr(), arg)) return stop;
+      for (const auto& [key, value] : row.entry) if (const int stop = visit_object(value.ptr(), arg)) return stop;
     }
     return 0;
   }
 
-  void drop_references() { rows_.clear(); }
+  void drop_references() {
+    rows_.clear();
+    state_.clear();
+  }
 
-  // One step over everything that has a gradient, or nothing at all.
-  // False, and nothing has changed, when parameters, state, options or gradients are not those the plan can run.
+  // One step over everything that has a gradient, or nothing at all: false, and nothing has changed, when parameters,
+  // state, options or gradients are not those the plan was made for.
   bool step(const py::list& param_groups, const py::object& state, double inv_scale) {
     if (running_) throw std::runtime_error("step() of this optimizer is already running in another thread");
     const bool collected = collect(param_groups, state.ptr());
-    if (collected && table_.size() > 0) launch(inv_scale);
+    if (collected && !table_.rows.empty()) launch(inv_scale);
     grads_.clear();
     return collected;
   }
 
  private:
-  static int visit_if(PyObject* object, visitproc visit_object, void* arg) {
-    return object ? visit_object(object, arg) : 0;
-  }
-
-  static py::object intern(const char* text) {
-    return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(text));
-  }
-
   void add_row(const py::tuple& fields) {
     Row row;
     row.group = py::cast<int>(fields[0]);
     row.param = fields[1];
-    row.entry = fields[2];
-    row.step = fields[3];
-    const py::tuple states = fields[4];
-    for (size_t i = 0; i < states.size(); ++i) row.states[i] = states[i];
-    row.first = py::cast<bool>(fields[5]);
-    row.active = py::cast<bool>(fields[6]);
-    row.hash = PyObject_Hash(row.param.ptr());
+    const py::object entry = fields[2];
+    if (!entry.is_none()) {
+      row.entry_dict = entry.ptr();
+      row.entry = snapshot(entry.ptr());
+      if (rule_.counts_steps) row.step = PyDict_GetItemString(entry.ptr(), "step");
+    }
+    for (const py::handle state : py::tuple(fields[3])) row.states.push_back(py::reinterpret_borrow<py::object>(state));
+    row.first = py::cast<bool>(fields[4]);
+    row.active = py::cast<bool>(fields[5]);
     rows_.push_back(std::move(row));
+    Row& placed = rows_.back();
+    if (placed.active && !placed.bind(rule_, variants_[placed.group])) is_usable_ = false;
   }
 
   std::vector<std::vector<double>> read_groups(const py::list& param_groups) const {
@@ -330,8 +380,8 @@ class Plan {
 
   std::vector<bool> read_guards(PyObject* group) const {
     std::vector<bool> values;
-    for (const std::string& key : guards_) {
-      PyObject* const value = PyDict_GetItemString(group, key.c_str());
+    for (const py::object& key : guards_) {
+      PyObject* const value = PyDict_GetItemWithError(group, key.ptr());
       values.push_back(value && PyObject_IsTrue(value) == 1);
     }
     return values;
@@ -341,87 +391,83 @@ class Plan {
     table_.clear();
     stepped_.clear();
     live_grads_.clear();
-    if (param_groups.size() != variants_.size() || !PyDict_Check(state)) return false;
+    if (!is_usable_ || kernels_ != &cpu::active_kernels() || param_groups.size() != variants_.size()) return false;
+    if (!dict_holds(state, state_)) return false;
     hypers_.start(read_groups(param_groups));
     size_t row = 0;
     for (size_t g = 0; g < variants_.size(); ++g) {
       PyObject* const group = param_groups[g].ptr();
       if (rule_.variant(hypers_.raw(static_cast<int>(g)).data()) != variants_[g]) return false;
-      if (read_guards(group) != guard_values_[g]) return false;
-      if (!collect_group(group, static_cast<int>(g), state, &row)) return false;
+      if (read_guards(group) != guard_values_[g] || !collect_group(group, static_cast<int>(g), &row)) return false;
     }
     return row == rows_.size();
   }
 
-  bool collect_group(PyObject* group, int index, PyObject* state, size_t* next_row) {
+  bool collect_group(PyObject* group, int index, size_t* next_row) {
     PyObject* const params = PyDict_GetItemWithError(group, params_key_.ptr());
     if (params == nullptr || !PyList_CheckExact(params)) return false;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
       if (*next_row == rows_.size()) return false;
+      if (symbols::enabled()) prefetch_after(*next_row);
       Row& row = rows_[(*next_row)++];
       if (row.param.ptr() != PyList_GET_ITEM(params, i) || row.group != index) return false;
-      if (!(symbols::enabled() ? collect_row(row, state) : collect_row_by_dlpack(row, state))) return false;
+      if (!(symbols::enabled() ? collect_row(row) : collect_row_by_dlpack(row))) return false;
     }
     return true;
   }
 
-  bool collect_row(Row& row, PyObject* state) {
+  // Distances at which 1000 tensors of 16 elements took the least time (bench/NOTES.md).
+  void prefetch_after(size_t row) const {
+    if (row + 6 < rows_.size()) {
+      const Row& far = rows_[row + 6];
+      far.for_each_tensor(symbols::prefetch_object);
+      if (far.entry_dict) __builtin_prefetch(far.entry_dict);
+    }
+    if (row + 4 < rows_.size()) rows_[row + 4].for_each_tensor(symbols::prefetch_impl);
+    if (row + 2 < rows_.size()) {
+      const Row& near = rows_[row + 2];
+      near.for_each_tensor(symbols::prefetch_storage);
+      __builtin_prefetch(near.counter.data);
+    }
+  }
+
+  bool collect_row(Row& row) {
     const symbols::Tensor grad = symbols::grad_of(symbols::tensor_of(row.param.ptr()));
     if (grad == nullptr) return true;
     TensorView view;
     if (!symbols::view(grad, &view) || symbols::table().is_neg(grad)) return false;
     if (view.is_complex && symbols::table().is_conj(grad)) return false;
     live_grads_.push_back(grad);
-    return add(row, view, state);
+    return add(row, view);
   }
 
-  bool collect_row_by_dlpack(Row& row, PyObject* state) {
-    py::object grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(row.param.ptr(), grad_key_.ptr()));
-    if (!grad) throw py::error_already_set();
+  bool collect_row_by_dlpack(Row& row) {
+    py::object grad = row.param.attr("grad");
     if (grad.is_none()) return true;
     TensorView view;
-    if (!dlpack::view(grad.ptr(), &view)) return false;
-    if (py::cast<bool>(grad.attr("is_neg")()) || (view.is_complex && py::cast<bool>(grad.attr("is_conj")()))) {
-      return false;
-    }
+    if (!dlpack::view(grad.ptr(), &view) || py::cast<bool>(grad.attr("is_neg")())) return false;
+    if (view.is_complex && py::cast<bool>(grad.attr("is_conj")())) return false;
     grads_.hold(std::move(grad));
-    return add(row, view, state);
+    return add(row, view);
   }
 
-  bool add(Row& row, const TensorView& grad, PyObject* state) {
-    if (!row.active) return false;
-    TensorView param, states[kMaxStates];
-    if (!view_of(row.param.ptr(), &param)) return false;
-    const int variant = variants_[row.group];
-    StepCounter counter;
-    if (!row.entry.is_none()) {
-      if (!entry_is_current(row, variant, state)) return false;
-      if (rule_.counts_steps && !counter.read(row.step)) return false;
-    }
-    for (int i = 0; i < rule_.n_states[variant]; ++i) {
-      if (!view_of(row.states[i].ptr(), &states[i])) return false;
-    }
-    const int32_t hyper = hypers_.index(row.group, counter.next(), row.first, param.dtype == DType::f64);
-    if (!table_.add(param, grad, states, variant, counter, hyper)) return false;
+  bool add(Row& row, const TensorView& grad) {
+    if (!row.active || !row.is_current()) return false;
+    // state_ was found unchanged, so the entry is still the dict it was; what it holds may not be.
+    if (row.entry_dict && !dict_holds(row.entry_dict, row.entry)) return false;
+    if (grad.dtype != row.layout.dtype || !is_usable(grad, row.layout)) return false;
+    row.table_row.grad = grad.data;
+    row.table_row.hyper =
+        hypers_.index(row.group, row.counter.next(), row.first, row.layout.dtype == DType::f64);
+    table_.add(row.table_row, row.counter);
     stepped_.push_back(&row);
-    return true;
-  }
-
-  // optimizer.state[param] and what it holds are still the objects of the plan.
-  bool entry_is_current(const Row& row, int variant, PyObject* state) const {
-    if (_PyDict_GetItem_KnownHash(state, row.param.ptr(), row.hash) != row.entry.ptr()) return false;
-    PyObject* const entry = row.entry.ptr();
-    if (rule_.counts_steps && PyDict_GetItemWithError(entry, step_key_.ptr()) != row.step.ptr()) return false;
-    for (int i = 0; i < rule_.n_states[variant]; ++i) {
-      if (PyDict_GetItemWithError(entry, state_keys_[variant][i].ptr()) != row.states[i].ptr()) return false;
-    }
     return true;
   }
 
   void launch(double inv_scale) {
     bump_versions(inv_scale != 1.0);
     running_ = true;
-    if (table_.total() < kKeepGilElements) {
+    if (table_.total < kKeepGilElements) {
       table_.run(hypers_, inv_scale);
     } else {
       for (const symbols::Tensor grad : live_grads_) grads_.hold(grad);
@@ -449,19 +495,21 @@ class Plan {
   }
 
   const Rule& rule_;
-  Table table_;
   HyperCache hypers_;
+  Table table_;
   GradHolder grads_;
+  const cpu::KernelTable* const kernels_;
+  bool is_usable_ = true;
   bool running_ = false;
   std::vector<HyperReader> readers_;
-  std::vector<std::string> guards_;
-  std::vector<int> variants_;                   // [group]
+  std::vector<py::object> guards_;
+  std::vector<int> variants_;                    // [group]
   std::vector<std::vector<bool>> guard_values_;  // [group][guard]
+  std::vector<std::pair<py::object, py::object>> state_;
   std::vector<Row> rows_;
   std::vector<Row*> stepped_;
   std::vector<symbols::Tensor> live_grads_;  // borrowed from the parameters
-  py::object state_keys_[kMaxVariants][kMaxStates];
-  const py::object params_key_ = intern("params"), grad_key_ = intern("grad"), step_key_ = intern("step");
+  const py::object params_key_ = py::reinterpret_steal<py::object>(PyUnicode_InternFromString("params"));
 };
 
 }  // namespace pyoptim

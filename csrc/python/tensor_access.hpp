@@ -125,7 +125,6 @@ struct Table {
   int (*get_sizes)(Tensor, int64_t**);
   int (*get_strides)(Tensor, int64_t**);
   int (*get_dim)(Tensor, int64_t*);
-  int (*get_numel)(Tensor, int64_t*);
   int (*get_dtype)(Tensor, int32_t*);
   int (*get_layout)(Tensor, int32_t*);
   int (*get_device_type)(Tensor, int32_t*);
@@ -177,7 +176,6 @@ inline Table load() {
   loader.find("aoti_torch_get_sizes", &t.get_sizes);
   loader.find("aoti_torch_get_strides", &t.get_strides);
   loader.find("aoti_torch_get_dim", &t.get_dim);
-  loader.find("aoti_torch_get_numel", &t.get_numel);
   loader.find("aoti_torch_get_dtype", &t.get_dtype);
   loader.find("aoti_torch_get_layout", &t.get_layout);
   loader.find("aoti_torch_get_device_type", &t.get_device_type);
@@ -202,10 +200,10 @@ inline Table load() {
   return t;
 }
 
-inline const Table& table() {
-  static const Table t = load();
-  return t;
-}
+// Filled when the module loads, after torch; a plain global, because a function's static costs a check at every use.
+inline Table loaded = {};
+
+inline const Table& table() { return loaded; }
 
 // Where a torch.Tensor object keeps its at::Tensor, in bytes from its start; 0 while the symbols are not in use.
 // pyoptim.backend finds it out and sets it once the self-test has passed. Reading it anew at every step, rather than
@@ -230,25 +228,52 @@ inline void set_dtype(int32_t code, TensorView* out) {
   }
 }
 
-// False for what has no strided memory, as dlpack::view.
-inline bool view(Tensor tensor, TensorView* out) {
+inline bool is_strided_cpu(Tensor tensor) {
+  int32_t layout = 0, device = 0;
+  return table().get_layout(tensor, &layout) == 0 && layout == table().strided &&
+         table().get_device_type(tensor, &device) == 0 && device == table().cpu;
+}
+
+// For a tensor that is_strided_cpu.
+inline bool view_memory(Tensor tensor, TensorView* out) {
   const Table& t = table();
-  int32_t layout = 0, device = 0, dtype = 0;
+  int32_t dtype = 0;
   int64_t ndim = 0;
   int64_t *sizes = nullptr, *strides = nullptr;
-  if (t.get_layout(tensor, &layout) != 0 || layout != t.strided) return false;
-  if (t.get_device_type(tensor, &device) != 0 || t.get_dtype(tensor, &dtype) != 0) return false;
+  if (t.get_data_ptr(tensor, &out->data) != 0 || t.get_dtype(tensor, &dtype) != 0) return false;
   if (t.get_sizes(tensor, &sizes) != 0 || t.get_strides(tensor, &strides) != 0) return false;
-  if (t.get_dim(tensor, &ndim) != 0 || t.get_numel(tensor, &out->numel) != 0) return false;
-  if (t.get_data_ptr(tensor, &out->data) != 0) return false;
+  if (t.get_dim(tensor, &ndim) != 0) return false;
   out->sizes = sizes;
   out->strides = strides;
   out->ndim = static_cast<int32_t>(ndim);
+  out->numel = 1;
+  for (int32_t d = 0; d < out->ndim; ++d) out->numel *= sizes[d];
   out->is_complex = false;
-  out->is_cpu = device == t.cpu;
+  out->is_cpu = true;
   set_dtype(dtype, out);
   return true;
 }
+
+// False for what is not in the CPU's strided memory.
+inline bool view(Tensor tensor, TensorView* out) { return is_strided_cpu(tensor) && view_memory(tensor, out); }
+
+// Hints for rows a few steps ahead of the walk, which otherwise waits for one dependent cache miss after another: the
+// Python object, then torch's TensorImpl, then its StorageImpl. kStorage is where torch keeps the pointer to the last;
+// if a torch moves it, a useless line is fetched and nothing else happens, because a prefetch never faults.
+constexpr size_t kStorage = 16;
+
+inline void* const* impl_of(PyObject* tensor) { return *static_cast<void* const* const*>(tensor_of(tensor)); }
+
+inline void prefetch_object(PyObject* tensor) { __builtin_prefetch(tensor_of(tensor)); }
+
+inline void prefetch_impl(PyObject* tensor) {
+  const char* const impl = reinterpret_cast<const char*>(impl_of(tensor));
+  __builtin_prefetch(impl);
+  __builtin_prefetch(impl + 64);
+  __builtin_prefetch(impl + 128);
+}
+
+inline void prefetch_storage(PyObject* tensor) { __builtin_prefetch(impl_of(tensor)[kStorage / sizeof(void*)]); }
 
 // The gradient of a parameter, or null when it has none. Borrowed from the parameter.
 inline Tensor grad_of(Tensor param) {
@@ -273,7 +298,18 @@ inline bool same_layout(const TensorView& a, const TensorView& b) {
   return true;
 }
 
-inline bool is_aligned(const TensorView& t) { return reinterpret_cast<uintptr_t>(t.data) % item_size(t.dtype) == 0; }
+inline bool is_aligned(const TensorView& t) {
+  return (reinterpret_cast<uintptr_t>(t.data) & static_cast<uintptr_t>(item_size(t.dtype) - 1)) == 0;
+}
+
+// Where the elements are now, and nothing else.
+inline bool data_of(PyObject* tensor, void** data) {
+  if (symbols::enabled()) return symbols::table().get_data_ptr(symbols::tensor_of(tensor), data) == 0;
+  TensorView view;
+  if (!dlpack::view(tensor, &view)) return false;
+  *data = view.data;
+  return true;
+}
 
 // No gaps and no overlaps: the elements fill one block of memory in some order of the dimensions.
 inline bool is_dense(const TensorView& t) {
