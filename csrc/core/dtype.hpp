@@ -1,6 +1,7 @@
 // Element types and their exact, branch-free conversions to the type the arithmetic runs in.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -42,49 +43,63 @@ struct F16 {
   uint16_t bits;
 };
 
-// gcc 12 leaves loops over _Float16 and __bf16 scalar; these integer forms vectorise on every instruction set.
+// The conversions of the half types, on one element (X float, W uint32_t) or on a vector of them. Integer arithmetic
+// without branches: gcc 12 leaves loops over _Float16 and __bf16 scalar.
+template <class W>
+PYOPTIM_HD W every(uint32_t value) {
+  return W{} + value;
+}
+
+template <class X, class W>
+PYOPTIM_HD X widen_bf16(W bits) {
+  return bit_cast<X>(bits << 16);
+}
+
+// Round to nearest even; a NaN becomes the quiet NaN 0x7fc0, as torch writes it.
+template <class W, class X>
+PYOPTIM_HD W narrow_bf16(X x) {
+  const W bits = bit_cast<W>(x);
+  const W rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return x != x ? every<W>(0x7fc0u) : rounded;
+}
+
+// Shifts the exponent by integer addition. A subnormal is renormalised by one subtraction of normal numbers, so that
+// a caller's flush-denormals mode cannot change it.
+template <class X, class W>
+PYOPTIM_HD X widen_f16(W half) {
+  const W magnitude = (half & 0x7fffu) << 13;
+  const W exponent = magnitude & 0x0f800000u;
+  const X subnormal = bit_cast<X>(magnitude + 0x38800000u) - bit_cast<X>(every<W>(0x38800000u));
+  W bits = exponent == 0x0f800000u ? magnitude + 0x70000000u : magnitude + 0x38000000u;
+  bits = exponent == 0u ? bit_cast<W>(subnormal) : bits;
+  return bit_cast<X>(bits | ((half & 0x8000u) << 16));
+}
+
+// Round to nearest even; overflow to infinity; a NaN becomes a quiet NaN.
+template <class W, class X>
+PYOPTIM_HD W narrow_f16(X x) {
+  const W bits = bit_cast<W>(x);
+  const W magnitude = bits & 0x7fffffffu;
+  const W normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Adding 0.5 aligns the last bit of a float16 subnormal with the last bit of the sum, which then rounds it.
+  const W subnormal = bit_cast<W>(bit_cast<X>(magnitude) + bit_cast<X>(every<W>(0x3f000000u))) - 0x3f000000u;
+  W half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x47800000u ? every<W>(0x7c00u) : half;
+  half = x != x ? every<W>(0x7e00u) : half;
+  return half | ((bits >> 16) & 0x8000u);
+}
+
 template <class T>
 PYOPTIM_HD T load(const T& x) {
   return x;
 }
-
-PYOPTIM_HD float load(const Bf16& x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
-
-// Shifts the exponent by integer addition. A subnormal is renormalised by one subtraction of normal numbers, so that
-// a caller's flush-denormals mode cannot change it.
-PYOPTIM_HD float load(const F16& x) {
-  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
-  const uint32_t exponent = magnitude & 0x0f800000u;
-  const uint32_t normal = magnitude + 0x38000000u;
-  const uint32_t inf_nan = magnitude + 0x70000000u;
-  const float subnormal = bit_cast<float>(magnitude + 0x38800000u) - bit_cast<float>(0x38800000u);
-  uint32_t bits = exponent == 0x0f800000u ? inf_nan : normal;
-  bits = exponent == 0 ? bit_cast<uint32_t>(subnormal) : bits;
-  return bit_cast<float>(bits | (static_cast<uint32_t>(x.bits & 0x8000u) << 16));
-}
+PYOPTIM_HD float load(const Bf16& x) { return widen_bf16<float>(static_cast<uint32_t>(x.bits)); }
+PYOPTIM_HD float load(const F16& x) { return widen_f16<float>(static_cast<uint32_t>(x.bits)); }
 
 PYOPTIM_HD void store(double& to, double x) { to = x; }
 PYOPTIM_HD void store(float& to, float x) { to = x; }
-
-// Round to nearest even; a NaN stays a quiet NaN (0x7fc0, as torch writes it).
-PYOPTIM_HD void store(Bf16& to, float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
-
-PYOPTIM_HD void store(F16& to, float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  const uint32_t odd = (magnitude >> 13) & 1u;
-  const uint32_t normal = (magnitude + 0xc8000fffu + odd) >> 13;
-  // Adding 0.5 aligns the last bit of a float16 subnormal with the last bit of the sum, which then rounds it.
-  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
-  const uint32_t inf_nan = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
-  half = magnitude >= 0x47800000u ? inf_nan : half;
-  to.bits = static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u));
-}
+PYOPTIM_HD void store(Bf16& to, float x) { to.bits = static_cast<uint16_t>(narrow_bf16<uint32_t>(x)); }
+PYOPTIM_HD void store(F16& to, float x) { to.bits = static_cast<uint16_t>(narrow_f16<uint32_t>(x)); }
 
 // The type the arithmetic runs in: float64 for float64 elements, float32 for every other.
 template <class Element>
@@ -96,9 +111,23 @@ struct Compute<double> {
   using type = double;
 };
 
-template <class T>
-PYOPTIM_HD T max_keep_nan(T a, T b) {
-  const T larger = !(b <= a) ? b : a;
+// What a rule needs beyond + - * /, for one number or for a vector of them.
+template <class X>
+struct Math;
+
+template <>
+struct Math<float> {
+  PYOPTIM_HD static float sqrt(float x) { return std::sqrt(x); }
+};
+
+template <>
+struct Math<double> {
+  PYOPTIM_HD static double sqrt(double x) { return std::sqrt(x); }
+};
+
+template <class X>
+PYOPTIM_HD X max_keep_nan(X a, X b) {
+  const X larger = b <= a ? a : b;  // b where b is NaN
   return a != a ? a : larger;
 }
 

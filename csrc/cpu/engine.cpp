@@ -14,6 +14,7 @@ const KernelTable& kernels_baseline();
 #if defined(PYOPTIM_X86)
 const KernelTable& kernels_avx2();
 const KernelTable& kernels_avx512();
+const KernelTable& kernels_avx512_bf16();
 #endif
 
 namespace {
@@ -23,21 +24,23 @@ std::vector<const KernelTable*> built_tables() {
 #if defined(PYOPTIM_X86)
   tables.push_back(&kernels_avx2());
   tables.push_back(&kernels_avx512());
+  tables.push_back(&kernels_avx512_bf16());
 #endif
   return tables;
 }
 
 bool can_run(const std::string& isa) {
+  if (isa == "baseline") return true;
 #if defined(PYOPTIM_X86)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (isa == "avx2") return avx2;
-  if (isa == "avx512") {
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  }
+  if (isa == "avx512") return avx512;
+  if (isa == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
-  return isa == "baseline";
+  return false;
 }
 
 std::vector<const KernelTable*> runnable_tables() {

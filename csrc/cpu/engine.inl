@@ -1,36 +1,54 @@
 // Loops over one contiguous segment; included once per instruction set, which the file that includes this names.
 #include "cpu/engine.hpp"
+#include "cpu/simd.hpp"
 
 namespace pyoptim::cpu {
 namespace {
 
-// A separate function keeps the loop's locals free of taken addresses: otherwise gcc leaves the loop scalar.
-template <class Rule, int V, class P, class G, class S>
-inline __attribute__((always_inline)) void lane(const typename Rule::Hyper& h, P& param, const G& grad, S* s0, S* s1,
-                                                S* s2, int64_t i) {
+// One element.
+template <class Rule, int V, class P, class S>
+PYOPTIM_HD void update_one(const typename Rule::Hyper& h, P& param, const P& grad, S* s0, S* s1, S* s2, int64_t i) {
   using T = typename Compute<P>::type;
   constexpr int kStates = Rule::kStates[V];
   T p = load(param), a = 0, b = 0, c = 0;
   if constexpr (kStates > 0) a = load(s0[i]);
   if constexpr (kStates > 1) b = load(s1[i]);
   if constexpr (kStates > 2) c = load(s2[i]);
-  Rule::template update<V>(h, p, load(grad), a, b, c);
+  Rule::template update<V, T>(h, p, load(grad), a, b, c);
   store(param, p);
   if constexpr (kStates > 0) store(s0[i], a);
   if constexpr (kStates > 1) store(s1[i], b);
   if constexpr (kStates > 2) store(s2[i], c);
 }
 
+// One vector of elements.
+template <class Rule, int V, class P, class S>
+PYOPTIM_HD void update_vector(const typename Rule::Hyper& h, P* param, const P* grad, S* s0, S* s1, S* s2, int64_t i) {
+  using X = typename VectorOf<typename Compute<P>::type>::type;
+  constexpr int kStates = Rule::kStates[V];
+  X p = load_vector(param + i), a = {}, b = {}, c = {};
+  if constexpr (kStates > 0) a = load_vector(s0 + i);
+  if constexpr (kStates > 1) b = load_vector(s1 + i);
+  if constexpr (kStates > 2) c = load_vector(s2 + i);
+  Rule::template update<V, X>(h, p, load_vector(grad + i), a, b, c);
+  store_vector(param + i, p);
+  if constexpr (kStates > 0) store_vector(s0 + i, a);
+  if constexpr (kStates > 1) store_vector(s1 + i, b);
+  if constexpr (kStates > 2) store_vector(s2 + i, c);
+}
+
 template <class Rule, int V, class P, class S>
 void update_segment(const TableRow& row, const void* hyper, int64_t begin, int64_t end) {
+  constexpr int64_t kLanes = kVectorBytes / sizeof(typename Compute<P>::type);
   const typename Rule::Hyper h = *static_cast<const typename Rule::Hyper*>(hyper);
   P* const p = static_cast<P*>(row.param);
   const P* const g = static_cast<const P*>(row.grad);
   S* const s0 = static_cast<S*>(row.state[0]);
   S* const s1 = static_cast<S*>(row.state[1]);
   S* const s2 = static_cast<S*>(row.state[2]);
-#pragma omp simd
-  for (int64_t i = begin; i < end; ++i) lane<Rule, V>(h, p[i], g[i], s0, s1, s2, i);
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) update_vector<Rule, V>(h, p, g, s0, s1, s2, i);
+  for (; i < end; ++i) update_one<Rule, V>(h, p[i], g[i], s0, s1, s2, i);
 }
 
 template <class G>
@@ -38,25 +56,35 @@ void unscale_segment(void* grad, double inv_scale, int64_t begin, int64_t end) {
   using T = typename Compute<G>::type;
   G* const g = static_cast<G*>(grad);
   const T factor = static_cast<T>(inv_scale);
-#pragma omp simd
-  for (int64_t i = begin; i < end; ++i) store(g[i], load(g[i]) * factor);
+  constexpr int64_t kLanes = kVectorBytes / sizeof(T);
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) store_vector(g + i, load_vector(g + i) * factor);
+  for (; i < end; ++i) store(g[i], load(g[i]) * factor);
 }
 
-// One loop per count of arrays, so that the compiler sees them all at once as it does in an update.
+template <class E, class Vector>
+PYOPTIM_HD void stream_add(E* to, Vector x) {
+  store_as(to, load_as<Vector>(to) + x);
+}
+
+// One loop per count of arrays, so that the loads and stores of all of them are interleaved as in an update.
 template <class E, int R, int W>
 void stream_arrays(void* const* read_only, void* const* read_write, int64_t begin, int64_t end) {
+  using Vector = typename VectorOf<E>::type;
+  constexpr int64_t kLanes = kVectorBytes / sizeof(E);
   const E* const r = static_cast<const E*>(R ? read_only[0] : read_write[0]);
-  E* const w0 = static_cast<E*>(read_write[0]);
-  E* const w1 = static_cast<E*>(read_write[W > 1 ? 1 : 0]);
-  E* const w2 = static_cast<E*>(read_write[W > 2 ? 2 : 0]);
-  E* const w3 = static_cast<E*>(read_write[W > 3 ? 3 : 0]);
-#pragma omp simd
-  for (int64_t i = begin; i < end; ++i) {
-    const E x = R ? r[i] : E(1);
-    w0[i] = static_cast<E>(w0[i] + x);
-    if constexpr (W > 1) w1[i] = static_cast<E>(w1[i] + x);
-    if constexpr (W > 2) w2[i] = static_cast<E>(w2[i] + x);
-    if constexpr (W > 3) w3[i] = static_cast<E>(w3[i] + x);
+  E* w[4];
+  for (int k = 0; k < W; ++k) w[k] = static_cast<E*>(read_write[k]);
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) {
+    const Vector x = R ? load_as<Vector>(r + i) : Vector{} + E(1);
+    stream_add(w[0] + i, x);
+    if constexpr (W > 1) stream_add(w[1] + i, x);
+    if constexpr (W > 2) stream_add(w[2] + i, x);
+    if constexpr (W > 3) stream_add(w[3] + i, x);
+  }
+  for (; i < end; ++i) {
+    for (int k = 0; k < W; ++k) w[k][i] = static_cast<E>(w[k][i] + (R ? r[i] : E(1)));
   }
 }
 

@@ -34,13 +34,13 @@ struct Adagrad {
     return h;
   }
 
-  template <int V>
-  PYOPTIM_HD static void update(const Hyper& h, T& p, T g, T& sum, T&, T&) {
+  template <int V, class X>
+  PYOPTIM_HD static void update(const Hyper& h, X& p, X g, X& sum, X&, X&) {
     g = h.sign * g;
     g = h.weight_decay != 0 ? g + h.weight_decay * p : g;
-    const T s = sum + g * g;
+    const X s = sum + g * g;
     sum = s;
-    p = p - h.lr * (g / (std::sqrt(s) + h.eps));
+    p = p - h.lr * (g / (Math<X>::sqrt(s) + h.eps));
   }
 };
 

@@ -44,20 +44,20 @@ struct Adam {
     return h;
   }
 
-  template <int V>
-  PYOPTIM_HD static void update(const Hyper& h, T& p, T g, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq) {
+  template <int V, class X>
+  PYOPTIM_HD static void update(const Hyper& h, X& p, X g, X& exp_avg, X& exp_avg_sq, X& max_exp_avg_sq) {
     g = h.sign * g;
-    const T w = p * h.decay;
+    const X w = p * h.decay;
     g = h.weight_decay != 0 ? g + h.weight_decay * w : g;
-    const T m = exp_avg + h.one_minus_beta1 * (g - exp_avg);
-    T v = h.beta2 * exp_avg_sq + (h.one_minus_beta2 * g) * g;
+    const X m = exp_avg + h.one_minus_beta1 * (g - exp_avg);
+    X v = h.beta2 * exp_avg_sq + (h.one_minus_beta2 * g) * g;
     exp_avg = m;
     exp_avg_sq = v;
     if constexpr (V == 1) {
       v = max_keep_nan(max_exp_avg_sq, v);
       max_exp_avg_sq = v;
     }
-    const T denom = std::sqrt(v) * h.correction2 + h.eps;
+    const X denom = Math<X>::sqrt(v) * h.correction2 + h.eps;
     p = w - h.step_size * (m / denom);
   }
 };

@@ -43,21 +43,21 @@ struct RmsProp {
     return h;
   }
 
-  template <int V>
-  PYOPTIM_HD static void update(const Hyper& h, T& p, T g, T& square_avg, T& s1, T& s2) {
+  template <int V, class X>
+  PYOPTIM_HD static void update(const Hyper& h, X& p, X g, X& square_avg, X& s1, X& s2) {
     constexpr bool kHasMomentum = V & 1;
     constexpr bool kHasGradAvg = V & 2;
     g = h.sign * g;
     g = h.weight_decay != 0 ? g + h.weight_decay * p : g;
-    T v = h.alpha * square_avg + (h.one_minus_alpha * g) * g;
+    X v = h.alpha * square_avg + (h.one_minus_alpha * g) * g;
     square_avg = v;
     if constexpr (kHasGradAvg) {
-      T& grad_avg = kHasMomentum ? s2 : s1;
-      const T mean = grad_avg + h.one_minus_alpha * (g - grad_avg);
+      X& grad_avg = kHasMomentum ? s2 : s1;
+      const X mean = grad_avg + h.one_minus_alpha * (g - grad_avg);
       grad_avg = mean;
       v = v - mean * mean;
     }
-    T d = g / (std::sqrt(v) + h.eps);
+    X d = g / (Math<X>::sqrt(v) + h.eps);
     if constexpr (kHasMomentum) {
       d = h.momentum * s1 + d;
       s1 = d;

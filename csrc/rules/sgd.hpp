@@ -36,13 +36,13 @@ struct Sgd {
     return h;
   }
 
-  template <int V>
-  PYOPTIM_HD static void update(const Hyper& h, T& p, T g, T& momentum_buffer, T&, T&) {
+  template <int V, class X>
+  PYOPTIM_HD static void update(const Hyper& h, X& p, X g, X& momentum_buffer, X&, X&) {
     g = h.sign * g;
     g = h.weight_decay != 0 ? g + h.weight_decay * p : g;
     if constexpr (V == 1) {
       // The first step copies the gradient: dampening starts with the second.
-      const T b = h.first != 0 ? g : h.momentum * momentum_buffer + h.undamped * g;
+      const X b = h.first != 0 ? g : h.momentum * momentum_buffer + h.undamped * g;
       momentum_buffer = b;
       g = h.nesterov != 0 ? g + h.momentum * b : b;
     }
