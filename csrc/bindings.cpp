@@ -10,7 +10,13 @@
 namespace pyoptim {
 namespace {
 
-bool add_row(const Rule& rule, const py::tuple& fields, HyperCache& cache, Table& table) {
+// What run_rows keeps of one row.
+struct GivenRow {
+  TableRow table_row = {};
+  StepCounter counter;
+};
+
+bool read_row(const Rule& rule, const py::tuple& fields, HyperCache& cache, GivenRow* given) {
   TensorView param, grad, states[kMaxStates];
   const int group = py::cast<int>(fields[4]);
   const int variant = rule.variant(cache.raw(group).data());
@@ -22,16 +28,15 @@ bool add_row(const Rule& rule, const py::tuple& fields, HyperCache& cache, Table
   for (size_t i = 0; i < state_tensors.size(); ++i) {
     if (!dlpack::view(py::object(state_tensors[i]).ptr(), &states[i])) return false;
   }
-  StepCounter counter;
+  StepCounter& counter = given->counter;
   const py::object step = fields[3];
   if (!step.is_none() && !(counter.bind(step.ptr()) && counter.can_count())) return false;
-  TableRow row = {};
+  TableRow& row = given->table_row;
   if (!prepare_row(rule, variant, param, states, &row) || grad.dtype != param.dtype || !is_usable(grad, param)) {
     return false;
   }
   row.grad = grad.data;
   row.hyper = cache.index(group, counter.next(), py::cast<bool>(fields[5]), param.dtype == DType::f64);
-  table.add(row, counter);
   return true;
 }
 
@@ -42,11 +47,13 @@ void run_rows(const std::string& rule_name, const std::vector<py::tuple>& rows,
   const Rule& rule = find_rule(rule_name);
   HyperCache cache(rule);
   cache.start(hypers);
+  std::vector<GivenRow> given(rows.size());
   Table table;
-  for (const py::tuple& row : rows) {
-    if (!add_row(rule, row, cache, table)) {
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (!read_row(rule, rows[i], cache, &given[i])) {
       throw py::value_error("run_rows: the tensors of a row have no kernel together");
     }
+    table.add(given[i].table_row, given[i].counter);
   }
   const py::gil_scoped_release unlocked;  // the caller's tuples hold the tensors
   table.run(cache, inv_scale);
@@ -98,7 +105,8 @@ size_t find_tensor_offset(const py::object& tensor, const py::capsule& capsule) 
   return found;
 }
 
-// What the symbols say about a tensor, for the self-test: (itself, its gradient or None, neg bit, conj bit).
+// What the symbols say about a tensor, for the self-test: (itself, its gradient or None, neg bit, conj
+// bit, start of its storage).
 py::tuple probe_symbols(const py::object& tensor, size_t offset) {
   const symbols::Tensor handle = reinterpret_cast<char*>(tensor.ptr()) + offset;
   TensorView view;
@@ -110,7 +118,9 @@ py::tuple probe_symbols(const py::object& tensor, size_t offset) {
     const bool grad_readable = symbols::view(g, &grad_view);
     grad = describe(grad_readable, grad_view);
   }
-  return py::make_tuple(self, grad, symbols::table().is_neg(handle), symbols::table().is_conj(handle));
+  const uintptr_t storage = reinterpret_cast<uintptr_t>(
+      static_cast<void**>((*static_cast<void***>(handle))[symbols::kPointer])[symbols::kPointer]);
+  return py::make_tuple(self, grad, symbols::table().is_neg(handle), symbols::table().is_conj(handle), storage);
 }
 
 void bump_by_symbol(const py::object& tensor, size_t offset) {

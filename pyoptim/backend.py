@@ -177,7 +177,7 @@ def _self_test_samples() -> list[Tensor]:
 
 
 def _symbols_agree(module: ModuleType, tensor: Tensor, offset: int) -> bool:
-    seen, seen_grad, is_neg, is_conj = module.probe_symbols(tensor, offset)
+    seen, seen_grad, is_neg, is_conj, storage = module.probe_symbols(tensor, offset)
     version = tensor._version
     module.bump_by_symbol(tensor, offset)
     grad = tensor.grad if tensor.is_leaf else None
@@ -185,6 +185,7 @@ def _symbols_agree(module: ModuleType, tensor: Tensor, offset: int) -> bool:
         seen == _described(tensor)
         and seen_grad == (None if grad is None else _described(grad))
         and (is_neg, is_conj) == (tensor.is_neg(), tensor.is_conj())
+        and storage == tensor.untyped_storage().data_ptr()
         and tensor._version == version + 1
     )
 

@@ -101,12 +101,12 @@ struct Segment {
 };
 
 // Task boundaries in the rows laid end to end: task i runs from cuts[i] to cuts[i + 1].
-std::vector<Segment> cut_tasks(const std::vector<TableRow>& rows) {
+std::vector<Segment> cut_tasks(const std::vector<const TableRow*>& rows) {
   std::vector<Segment> cuts = {{0, 0}};
   int64_t room = kTaskElements;
   for (size_t r = 0; r < rows.size(); ++r) {
-    for (int64_t done = 0; done < rows[r].numel;) {
-      const int64_t taken = std::min(room, rows[r].numel - done);
+    for (int64_t done = 0; done < rows[r]->numel;) {
+      const int64_t taken = std::min(room, rows[r]->numel - done);
       done += taken;
       room -= taken;
       if (room == 0) {
@@ -120,7 +120,7 @@ std::vector<Segment> cut_tasks(const std::vector<TableRow>& rows) {
 }
 
 struct Step {
-  const std::vector<TableRow>& rows;
+  const std::vector<const TableRow*>& rows;
   const std::vector<HyperBlock>& hypers;
   double inv_scale;
   std::vector<Segment> cuts;
@@ -141,8 +141,8 @@ struct Step {
     const int64_t n_rows = static_cast<int64_t>(rows.size());
     for (int64_t r = first.row; r <= last.row && r < n_rows; ++r) {
       const int64_t begin = r == first.row ? first.begin : 0;
-      const int64_t end = r == last.row ? last.begin : rows[r].numel;
-      if (begin < end) update(rows[r], begin, end);
+      const int64_t end = r == last.row ? last.begin : rows[r]->numel;
+      if (begin < end) update(*rows[r], begin, end);
     }
   }
 };
@@ -191,12 +191,12 @@ void run_tasks(int64_t n_tasks, bool serial, Task task, void* context) {
   queue.drain();
 }
 
-void update_rows(const std::vector<TableRow>& rows, const std::vector<HyperBlock>& hypers, double inv_scale) {
+void update_rows(const std::vector<const TableRow*>& rows, const std::vector<HyperBlock>& hypers, double inv_scale) {
   int64_t total = 0;
-  for (const TableRow& row : rows) total += row.numel;
+  for (const TableRow* row : rows) total += row->numel;
   const Step step{rows, hypers, inv_scale, {}};
   if (total <= kSerialElements) {
-    for (const TableRow& row : rows) step.update(row, 0, row.numel);
+    for (const TableRow* row : rows) step.update(*row, 0, row->numel);
     return;
   }
   Step cut{rows, hypers, inv_scale, cut_tasks(rows)};

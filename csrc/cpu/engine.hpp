@@ -47,7 +47,7 @@ constexpr int64_t kTaskElements = 64 * 1024;
 
 // Updates every row. With inv_scale != 1 gradients are multiplied by it and written back first.
 // No two rows may share memory.
-void update_rows(const std::vector<TableRow>& rows, const std::vector<HyperBlock>& hypers, double inv_scale);
+void update_rows(const std::vector<const TableRow*>& rows, const std::vector<HyperBlock>& hypers, double inv_scale);
 
 // x[i] += sum of the read-only arrays, in the optimizers' own driver: the bandwidth a step could reach.
 void stream(int itemsize, const std::vector<void*>& read_only, const std::vector<void*>& read_write, int64_t numel,

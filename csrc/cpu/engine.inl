@@ -21,15 +21,35 @@ PYOPTIM_HD void update_one(const typename Rule::Hyper& h, P& param, const P& gra
   if constexpr (kStates > 2) store(s2[i], c);
 }
 
+// How far ahead memory is asked for, in bytes. On Sapphire Rapids, whose out-of-order window is too short for this much
+// arithmetic between the loads, 1024 raised a 20 M element AdamW step from 84 % to 96 % of the same-mix loop (512: 92 %,
+// 2048: 86 %); a Zen 4 prototype found 512 neutral and more than 1024 harmful.
+inline int64_t prefetch_bytes() {
+#if defined(__x86_64__)
+  static const int64_t bytes = __builtin_cpu_is("intel") ? 1024 : 512;
+  return bytes;
+#else
+  return 512;
+#endif
+}
+
+template <class E>
+PYOPTIM_HD void prefetch(const E* at, int64_t bytes) {
+  __builtin_prefetch(reinterpret_cast<const char*>(at) + bytes);
+}
+
 // One vector of elements.
 template <class Rule, int V, class P, class S>
-PYOPTIM_HD void update_vector(const typename Rule::Hyper& h, P* param, const P* grad, S* s0, S* s1, S* s2, int64_t i) {
+PYOPTIM_HD void update_vector(const typename Rule::Hyper& h, P* param, const P* grad, S* s0, S* s1, S* s2, int64_t i,
+                              int64_t ahead) {
   using X = typename VectorOf<typename Compute<P>::type>::type;
   constexpr int kStates = Rule::kStates[V];
   X p = load_vector(param + i), a = {}, b = {}, c = {};
-  if constexpr (kStates > 0) a = load_vector(s0 + i);
-  if constexpr (kStates > 1) b = load_vector(s1 + i);
-  if constexpr (kStates > 2) c = load_vector(s2 + i);
+  prefetch(param + i, ahead);
+  prefetch(grad + i, ahead);
+  if constexpr (kStates > 0) prefetch(s0 + i, ahead), a = load_vector(s0 + i);
+  if constexpr (kStates > 1) prefetch(s1 + i, ahead), b = load_vector(s1 + i);
+  if constexpr (kStates > 2) prefetch(s2 + i, ahead), c = load_vector(s2 + i);
   Rule::template update<V, X>(h, p, load_vector(grad + i), a, b, c);
   store_vector(param + i, p);
   if constexpr (kStates > 0) store_vector(s0 + i, a);
@@ -46,8 +66,9 @@ void update_segment(const TableRow& row, const void* hyper, int64_t begin, int64
   S* const s0 = static_cast<S*>(row.state[0]);
   S* const s1 = static_cast<S*>(row.state[1]);
   S* const s2 = static_cast<S*>(row.state[2]);
+  const int64_t ahead = prefetch_bytes();
   int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) update_vector<Rule, V>(h, p, g, s0, s1, s2, i);
+  for (; i + kLanes <= end; i += kLanes) update_vector<Rule, V>(h, p, g, s0, s1, s2, i, ahead);
   for (; i < end; ++i) update_one<Rule, V>(h, p[i], g[i], s0, s1, s2, i);
 }
 

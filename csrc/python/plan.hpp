@@ -4,8 +4,8 @@
 
 #include <pybind11/pybind11.h>
 
-#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/engine.hpp"
@@ -183,8 +183,8 @@ inline bool prepare_row(const Rule& rule, int variant, const TensorView& param, 
 
 // The rows of one step, filled under the GIL and run without it.
 struct Table {
-  std::vector<TableRow> rows;
-  std::vector<StepCounter> counters;
+  std::vector<const TableRow*> rows;
+  std::vector<const StepCounter*> counters;
   int64_t total = 0;
 
   void clear() {
@@ -194,12 +194,12 @@ struct Table {
   }
   void add(const TableRow& row, const StepCounter& counter) {
     total += row.numel;
-    rows.push_back(row);
-    counters.push_back(counter);
+    rows.push_back(&row);
+    counters.push_back(&counter);
   }
   void run(const HyperCache& hypers, double inv_scale) const {
     cpu::update_rows(rows, hypers.blocks(), inv_scale);
-    for (const StepCounter& counter : counters) counter.advance();
+    for (const StepCounter* counter : counters) counter->advance();
   }
 };
 
@@ -224,80 +224,161 @@ class GradHolder {
   std::vector<py::object> objects_;
 };
 
-// One parameter as the plan was made for it.
+using Items = std::vector<std::pair<py::object, py::object>>;
+
+// Says whether a dict is the same object and holds the same objects in the same order.
+class DictGuard {
+ public:
+  DictGuard() = default;
+  explicit DictGuard(PyObject* dict) : dict_(dict), version_(version_of(dict)) {
+    PyObject *key = nullptr, *value = nullptr;
+    for (Py_ssize_t position = 0; PyDict_Next(dict, &position, &key, &value);) {
+      items_.emplace_back(py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value));
+    }
+  }
+
+  explicit operator bool() const { return dict_ != nullptr; }
+
+  bool holds(PyObject* dict) {
+    if (dict != dict_) return false;
+    if (kHasVersions && version_of(dict) == version_) return true;
+    if (!holds_items()) return false;
+    version_ = version_of(dict);
+    return true;
+  }
+  bool holds() { return holds(dict_); }
+
+  int visit(visitproc visit_object, void* arg) const {
+    for (const auto& [key, value] : items_) {
+      if (const int stop = visit_object(key.ptr(), arg)) return stop;
+      if (const int stop = visit_object(value.ptr(), arg)) return stop;
+    }
+    return 0;
+  }
+
+ private:
+  // CPython before 3.14 gives a dict a new version at every change: one cache line instead of three.
+#if PY_VERSION_HEX < 0x030E0000
+  static constexpr bool kHasVersions = true;
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  static uint64_t version_of(PyObject* dict) { return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag; }
+#pragma GCC diagnostic pop
+#else
+  static constexpr bool kHasVersions = false;
+  static uint64_t version_of(PyObject*) { return 0; }
+#endif
+
+  bool holds_items() const {
+    if (PyDict_GET_SIZE(dict_) != static_cast<Py_ssize_t>(items_.size())) return false;
+    PyObject *key = nullptr, *value = nullptr;
+    Py_ssize_t position = 0;
+    for (const auto& item : items_) {
+      if (!PyDict_Next(dict_, &position, &key, &value)) return false;
+      if (key != item.first.ptr() || value != item.second.ptr()) return false;
+    }
+    return true;
+  }
+
+  PyObject* dict_ = nullptr;  // held by the optimizer, or by the items of its state's guard
+  uint64_t version_ = 0;
+  Items items_;
+};
+
+constexpr int kMaxHeld = kMaxStates + 1;  // state tensors and the step counter
+constexpr int kInlineDims = 5;
+
+// A state tensor or step counter. With the symbols in use the TensorImpl is owned, so that its address stays good.
+class HeldTensor {
+ public:
+  explicit HeldTensor(py::object object) : object_(std::move(object)) {
+    if (!symbols::enabled()) return;
+    if (symbols::table().new_handle(symbols::tensor_of(object_.ptr()), &handle_) != 0) throw std::bad_alloc();
+  }
+  HeldTensor(const HeldTensor&) = delete;
+  HeldTensor(HeldTensor&& other) noexcept
+      : object_(std::move(other.object_)), handle_(std::exchange(other.handle_, nullptr)) {}
+  ~HeldTensor() {
+    if (handle_) (void)symbols::table().delete_handle(handle_);  // frees; cannot fail
+  }
+
+  PyObject* ptr() const { return object_.ptr(); }
+  void* const* impl() const { return handle_ ? *static_cast<void* const* const*>(handle_) : nullptr; }
+
+ private:
+  py::object object_;
+  symbols::Tensor handle_ = nullptr;
+};
+
+// One parameter as the plan was made for it. Flat and hot fields first: a step walks thousands and waits for memory.
 struct Row {
-  int group = 0;
+  py::object param;
+  DictGuard entry;  // optimizer.state[param]; empty when the rule keeps no state
+  int32_t group = 0;
+  int16_t n_held = 0;   // tensors the update writes besides param
   bool active = false;  // false: no gradient was seen yet, so there is no state
   bool first = false;   // the momentum buffer is new
-  py::object param;
-  PyObject* entry_dict = nullptr;                        // optimizer.state[param], held by the plan's state_
-  std::vector<std::pair<py::object, py::object>> entry;  // what it holds, in its order
-  std::vector<py::object> states;
+  void* const* impl[kMaxHeld] = {};
+  void* memory[kMaxHeld] = {};
+  TensorView layout = {};  // of param; sizes and strides point below
+  int64_t dims[2 * kInlineDims];
+  TableRow table_row = {};  // with the addresses of param and states
   StepCounter counter;
-  PyObject* step = nullptr;  // held by entry
-  TableRow table_row = {};   // with the addresses of param and states
-  TensorView layout = {};    // of param; sizes and strides point into dims
-  std::vector<int64_t> dims;
+  std::vector<HeldTensor> held;
+  std::vector<int64_t> many_dims;
 
-  template <class Hint>
-  void for_each_tensor(Hint hint) const {
-    hint(param.ptr());
-    for (const py::object& state : states) hint(state.ptr());
-    if (step) hint(step);
+  void hold(py::object tensor) {
+    held.emplace_back(std::move(tensor));
+    impl[n_held++] = held.back().impl();
   }
 
   // False when the tensors cannot run as they are.
   bool bind(const Rule& rule, int variant) {
-    TensorView view, state_views[kMaxStates];
+    const int n_states = rule.n_states[variant];
+    TensorView view, states[kMaxStates];
     if (!view_of(param.ptr(), &view)) return false;
-    for (size_t i = 0; i < states.size(); ++i) {
-      if (!view_of(states[i].ptr(), &state_views[i])) return false;
+    for (int i = 0; i < n_states; ++i) {
+      if (!view_of(held[i].ptr(), &states[i])) return false;
     }
-    if (step && !counter.bind(step)) return false;
-    dims.assign(view.sizes, view.sizes + view.ndim);
-    dims.insert(dims.end(), view.strides, view.strides + view.ndim);
-    layout = view;
-    layout.sizes = dims.data();
-    layout.strides = dims.data() + view.ndim;
-    return prepare_row(rule, variant, view, state_views, &table_row);
+    if (n_held > n_states && !counter.bind(held[n_states].ptr())) return false;
+    for (int i = 0; i < n_held; ++i) memory[i] = memory_of(i);
+    remember_layout(view);
+    return prepare_row(rule, variant, view, states, &table_row);
   }
 
   // The tensors are where they were, so what was checked for them still holds.
-  bool is_current() const {
+  bool is_current() {
     TensorView view;
     const bool readable = symbols::enabled() ? symbols::view_memory(symbols::tensor_of(param.ptr()), &view)
                                              : dlpack::view(param.ptr(), &view);
     if (!readable || view.data != layout.data || view.dtype != layout.dtype || !same_layout(view, layout)) return false;
-    if (view.is_complex != layout.is_complex) return false;
-    void* data = nullptr;
-    for (size_t i = 0; i < states.size(); ++i) {
-      if (!data_of(states[i].ptr(), &data) || data != table_row.state[i]) return false;
+    if (view.is_complex != layout.is_complex || (entry && !entry.holds())) return false;
+    for (int i = 0; i < n_held; ++i) {
+      if (memory_of(i) != memory[i]) return false;
     }
-    return !step || (data_of(step, &data) && data == counter.data && counter.can_count());
+    return counter.can_count();
+  }
+
+ private:
+  void* memory_of(int i) const {
+    if (impl[i]) return symbols::storage_memory(impl[i]);
+    TensorView view;
+    return dlpack::view(held[i].ptr(), &view) ? view.data : nullptr;
+  }
+
+  void remember_layout(const TensorView& view) {
+    int64_t* to = dims;
+    if (view.ndim > kInlineDims) {
+      many_dims.resize(2 * view.ndim);
+      to = many_dims.data();
+    }
+    std::copy(view.sizes, view.sizes + view.ndim, to);
+    std::copy(view.strides, view.strides + view.ndim, to + view.ndim);
+    layout = view;
+    layout.sizes = to;
+    layout.strides = to + view.ndim;
   }
 };
-
-// Walks a dict and says whether it still holds the same objects in the same order: no hashing, no lookups.
-template <class Items>
-bool dict_holds(PyObject* dict, const Items& items) {
-  if (!PyDict_Check(dict) || PyDict_GET_SIZE(dict) != static_cast<Py_ssize_t>(items.size())) return false;
-  PyObject *key = nullptr, *value = nullptr;
-  Py_ssize_t position = 0;
-  for (const auto& item : items) {
-    if (!PyDict_Next(dict, &position, &key, &value)) return false;
-    if (key != item.first.ptr() || value != item.second.ptr()) return false;
-  }
-  return true;
-}
-
-inline std::vector<std::pair<py::object, py::object>> snapshot(PyObject* dict) {
-  std::vector<std::pair<py::object, py::object>> items;
-  PyObject *key = nullptr, *value = nullptr;
-  for (Py_ssize_t position = 0; PyDict_Next(dict, &position, &key, &value);) {
-    items.emplace_back(py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value));
-  }
-  return items;
-}
 
 // Below this many elements a step ends before another thread would get its turn (the interpreter switches every 5 ms),
 // so the GIL is kept and the gradients need no holding.
@@ -310,7 +391,7 @@ class Plan {
   // guards: group keys whose truth is fixed while the plan lives.
   Plan(const std::string& rule, const py::list& param_groups, const py::dict& state, const py::list& rows,
        const py::list& guards)
-      : rule_(find_rule(rule)), hypers_(rule_), kernels_(&cpu::active_kernels()), state_(snapshot(state.ptr())) {
+      : rule_(find_rule(rule)), hypers_(rule_), kernels_(&cpu::active_kernels()), state_(state.ptr()) {
     for (int i = 0; i < rule_.n_hypers; ++i) readers_.emplace_back(rule_.hyper_names[i]);
     for (const py::handle guard : guards) guards_.push_back(py::reinterpret_borrow<py::object>(guard));
     hypers_.start(read_groups(param_groups));
@@ -318,26 +399,26 @@ class Plan {
       variants_.push_back(rule_.variant(hypers_.raw(static_cast<int>(g)).data()));
       guard_values_.push_back(read_guards(param_groups[g].ptr()));
     }
+    rows_.reserve(rows.size());  // rows point into themselves and must not move
     for (const py::handle row : rows) add_row(py::reinterpret_borrow<py::tuple>(row));
   }
 
   // What the garbage collector needs to see: a hook on a parameter may hold the optimizer that owns this plan.
   int visit(visitproc visit_object, void* arg) const {
-    for (const auto& [key, value] : state_) {
-      if (const int stop = visit_object(key.ptr(), arg)) return stop;
-      if (const int stop = visit_object(value.ptr(), arg)) return stop;
-    }
+    if (const int stop = state_.visit(visit_object, arg)) return stop;
     for (const Row& row : rows_) {
       if (const int stop = visit_object(row.param.ptr(), arg)) return stop;
-      for (const py::object& tensor : row.states) if (const int stop = visit_object(tensor.ptr(), arg)) return stop;
-      for (const auto& [key, value] : row.entry) if (const int stop = visit_object(value.ptr(), arg)) return stop;
+      if (const int stop = row.entry.visit(visit_object, arg)) return stop;
+      for (const HeldTensor& tensor : row.held) {
+        if (const int stop = visit_object(tensor.ptr(), arg)) return stop;
+      }
     }
     return 0;
   }
 
   void drop_references() {
     rows_.clear();
-    state_.clear();
+    state_ = DictGuard();
   }
 
   // One step over everything that has a gradient, or nothing at all: false, and nothing has changed, when parameters,
@@ -352,21 +433,20 @@ class Plan {
 
  private:
   void add_row(const py::tuple& fields) {
-    Row row;
+    rows_.emplace_back();
+    Row& row = rows_.back();
     row.group = py::cast<int>(fields[0]);
     row.param = fields[1];
+    row.held.reserve(kMaxHeld);
+    for (const py::handle state : py::tuple(fields[3])) row.hold(py::reinterpret_borrow<py::object>(state));
     const py::object entry = fields[2];
     if (!entry.is_none()) {
-      row.entry_dict = entry.ptr();
-      row.entry = snapshot(entry.ptr());
-      if (rule_.counts_steps) row.step = PyDict_GetItemString(entry.ptr(), "step");
+      row.entry = DictGuard(entry.ptr());
+      if (rule_.counts_steps) row.hold(py::reinterpret_borrow<py::object>(PyDict_GetItemString(entry.ptr(), "step")));
     }
-    for (const py::handle state : py::tuple(fields[3])) row.states.push_back(py::reinterpret_borrow<py::object>(state));
     row.first = py::cast<bool>(fields[4]);
     row.active = py::cast<bool>(fields[5]);
-    rows_.push_back(std::move(row));
-    Row& placed = rows_.back();
-    if (placed.active && !placed.bind(rule_, variants_[placed.group])) is_usable_ = false;
+    if (row.active && !row.bind(rule_, variants_[row.group])) is_usable_ = false;
   }
 
   std::vector<std::vector<double>> read_groups(const py::list& param_groups) const {
@@ -392,7 +472,7 @@ class Plan {
     stepped_.clear();
     live_grads_.clear();
     if (!is_usable_ || kernels_ != &cpu::active_kernels() || param_groups.size() != variants_.size()) return false;
-    if (!dict_holds(state, state_)) return false;
+    if (!state_.holds(state)) return false;
     hypers_.start(read_groups(param_groups));
     size_t row = 0;
     for (size_t g = 0; g < variants_.size(); ++g) {
@@ -408,27 +488,11 @@ class Plan {
     if (params == nullptr || !PyList_CheckExact(params)) return false;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
       if (*next_row == rows_.size()) return false;
-      if (symbols::enabled()) prefetch_after(*next_row);
       Row& row = rows_[(*next_row)++];
       if (row.param.ptr() != PyList_GET_ITEM(params, i) || row.group != index) return false;
       if (!(symbols::enabled() ? collect_row(row) : collect_row_by_dlpack(row))) return false;
     }
     return true;
-  }
-
-  // Distances at which 1000 tensors of 16 elements took the least time (bench/NOTES.md).
-  void prefetch_after(size_t row) const {
-    if (row + 6 < rows_.size()) {
-      const Row& far = rows_[row + 6];
-      far.for_each_tensor(symbols::prefetch_object);
-      if (far.entry_dict) __builtin_prefetch(far.entry_dict);
-    }
-    if (row + 4 < rows_.size()) rows_[row + 4].for_each_tensor(symbols::prefetch_impl);
-    if (row + 2 < rows_.size()) {
-      const Row& near = rows_[row + 2];
-      near.for_each_tensor(symbols::prefetch_storage);
-      __builtin_prefetch(near.counter.data);
-    }
   }
 
   bool collect_row(Row& row) {
@@ -453,8 +517,6 @@ class Plan {
 
   bool add(Row& row, const TensorView& grad) {
     if (!row.active || !row.is_current()) return false;
-    // state_ was found unchanged, so the entry is still the dict it was; what it holds may not be.
-    if (row.entry_dict && !dict_holds(row.entry_dict, row.entry)) return false;
     if (grad.dtype != row.layout.dtype || !is_usable(grad, row.layout)) return false;
     row.table_row.grad = grad.data;
     row.table_row.hyper =
@@ -505,7 +567,7 @@ class Plan {
   std::vector<py::object> guards_;
   std::vector<int> variants_;                    // [group]
   std::vector<std::vector<bool>> guard_values_;  // [group][guard]
-  std::vector<std::pair<py::object, py::object>> state_;
+  DictGuard state_;  // optimizer.state, which holds the dicts of the rows' guards
   std::vector<Row> rows_;
   std::vector<Row*> stepped_;
   std::vector<symbols::Tensor> live_grads_;  // borrowed from the parameters

@@ -257,23 +257,12 @@ inline bool view_memory(Tensor tensor, TensorView* out) {
 // False for what is not in the CPU's strided memory.
 inline bool view(Tensor tensor, TensorView* out) { return is_strided_cpu(tensor) && view_memory(tensor, out); }
 
-// Hints for rows a few steps ahead of the walk, which otherwise waits for one dependent cache miss after another: the
-// Python object, then torch's TensorImpl, then its StorageImpl. kStorage is where torch keeps the pointer to the last;
-// if a torch moves it, a useless line is fetched and nothing else happens, because a prefetch never faults.
-constexpr size_t kStorage = 16;
+// TensorImpl and StorageImpl both keep a pointer behind their table of virtual functions and reference counts: to the
+// storage, and to its memory. The self-test checks it. One cache line each, where the C shim touches three: a walk over
+// more parameters than the cache holds takes as long as the lines it touches.
+constexpr size_t kPointer = 16 / sizeof(void*);
 
-inline void* const* impl_of(PyObject* tensor) { return *static_cast<void* const* const*>(tensor_of(tensor)); }
-
-inline void prefetch_object(PyObject* tensor) { __builtin_prefetch(tensor_of(tensor)); }
-
-inline void prefetch_impl(PyObject* tensor) {
-  const char* const impl = reinterpret_cast<const char*>(impl_of(tensor));
-  __builtin_prefetch(impl);
-  __builtin_prefetch(impl + 64);
-  __builtin_prefetch(impl + 128);
-}
-
-inline void prefetch_storage(PyObject* tensor) { __builtin_prefetch(impl_of(tensor)[kStorage / sizeof(void*)]); }
+inline void* storage_memory(void* const* impl) { return static_cast<void* const*>(impl[kPointer])[kPointer]; }
 
 // The gradient of a parameter, or null when it has none. Borrowed from the parameter.
 inline Tensor grad_of(Tensor param) {
@@ -300,15 +289,6 @@ inline bool same_layout(const TensorView& a, const TensorView& b) {
 
 inline bool is_aligned(const TensorView& t) {
   return (reinterpret_cast<uintptr_t>(t.data) & static_cast<uintptr_t>(item_size(t.dtype) - 1)) == 0;
-}
-
-// Where the elements are now, and nothing else.
-inline bool data_of(PyObject* tensor, void** data) {
-  if (symbols::enabled()) return symbols::table().get_data_ptr(symbols::tensor_of(tensor), data) == 0;
-  TensorView view;
-  if (!dlpack::view(tensor, &view)) return false;
-  *data = view.data;
-  return true;
 }
 
 // No gaps and no overlaps: the elements fill one block of memory in some order of the dimensions.
