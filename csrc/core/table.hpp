@@ -27,7 +27,8 @@ struct alignas(16) HyperBlock {
 };
 
 struct TableRow;
-using UpdateKernel = void (*)(const TableRow& row, const void* hyper, int64_t begin, int64_t end);
+// next: the row whose first elements are wanted soon, or null.
+using UpdateKernel = void (*)(const TableRow& row, const void* hyper, int64_t begin, int64_t end, const TableRow* next);
 using UnscaleKernel = void (*)(void* grad, double inv_scale, int64_t begin, int64_t end);
 using PrepareHyper = void (*)(const double* raw, double step, bool first, void* hyper);
 

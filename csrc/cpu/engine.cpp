@@ -125,14 +125,16 @@ struct Step {
   double inv_scale;
   std::vector<Segment> cuts;
 
-  void update(const TableRow& row, int64_t begin, int64_t end) const {
+  void update(int64_t r, int64_t begin, int64_t end) const {
+    const TableRow& row = *rows[r];
+    const TableRow* const next = r + 1 < static_cast<int64_t>(rows.size()) ? rows[r + 1] : nullptr;
     const void* const hyper = &hypers[row.hyper];
-    if (inv_scale == 1.0) return row.update(row, hyper, begin, end);
+    if (inv_scale == 1.0) return row.update(row, hyper, begin, end, next);
     constexpr int64_t kBlock = 4096;  // an unscaled block is still in the first-level cache when the rule reads it
     for (; begin < end; begin += kBlock) {
       const int64_t stop = std::min(end, begin + kBlock);
       row.unscale(row.grad, inv_scale, begin, stop);
-      row.update(row, hyper, begin, stop);
+      row.update(row, hyper, begin, stop, next);
     }
   }
 
@@ -142,7 +144,7 @@ struct Step {
     for (int64_t r = first.row; r <= last.row && r < n_rows; ++r) {
       const int64_t begin = r == first.row ? first.begin : 0;
       const int64_t end = r == last.row ? last.begin : rows[r]->numel;
-      if (begin < end) update(*rows[r], begin, end);
+      if (begin < end) update(r, begin, end);
     }
   }
 };
@@ -196,7 +198,7 @@ void update_rows(const std::vector<const TableRow*>& rows, const std::vector<Hyp
   for (const TableRow* row : rows) total += row->numel;
   const Step step{rows, hypers, inv_scale, {}};
   if (total <= kSerialElements) {
-    for (const TableRow* row : rows) step.update(*row, 0, row->numel);
+    for (size_t r = 0; r < rows.size(); ++r) step.update(static_cast<int64_t>(r), 0, rows[r]->numel);
     return;
   }
   Step cut{rows, hypers, inv_scale, cut_tasks(rows)};

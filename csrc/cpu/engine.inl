@@ -33,43 +33,66 @@ inline int64_t prefetch_bytes() {
 #endif
 }
 
-template <class E>
-PYOPTIM_HD void prefetch(const E* at, int64_t bytes) {
-  __builtin_prefetch(reinterpret_cast<const char*>(at) + bytes);
-}
+// The arrays of a row, for reading and writing or as addresses to prefetch.
+template <class P, class S>
+struct Arrays {
+  P* param;
+  const P* grad;
+  S *s0, *s1, *s2;
+
+  explicit Arrays(const TableRow& row)
+      : param(static_cast<P*>(row.param)),
+        grad(static_cast<const P*>(row.grad)),
+        s0(static_cast<S*>(row.state[0])),
+        s1(static_cast<S*>(row.state[1])),
+        s2(static_cast<S*>(row.state[2])) {}
+
+  template <int kStates>
+  PYOPTIM_HD void prefetch(int64_t i) const {
+    __builtin_prefetch(param + i);
+    __builtin_prefetch(grad + i);
+    if constexpr (kStates > 0) __builtin_prefetch(s0 + i);
+    if constexpr (kStates > 1) __builtin_prefetch(s1 + i);
+    if constexpr (kStates > 2) __builtin_prefetch(s2 + i);
+  }
+};
 
 // One vector of elements.
 template <class Rule, int V, class P, class S>
-PYOPTIM_HD void update_vector(const typename Rule::Hyper& h, P* param, const P* grad, S* s0, S* s1, S* s2, int64_t i,
-                              int64_t ahead) {
+PYOPTIM_HD void update_vector(const typename Rule::Hyper& h, const Arrays<P, S>& arrays, int64_t i) {
   using X = typename VectorOf<typename Compute<P>::type>::type;
   constexpr int kStates = Rule::kStates[V];
-  X p = load_vector(param + i), a = {}, b = {}, c = {};
-  prefetch(param + i, ahead);
-  prefetch(grad + i, ahead);
-  if constexpr (kStates > 0) prefetch(s0 + i, ahead), a = load_vector(s0 + i);
-  if constexpr (kStates > 1) prefetch(s1 + i, ahead), b = load_vector(s1 + i);
-  if constexpr (kStates > 2) prefetch(s2 + i, ahead), c = load_vector(s2 + i);
-  Rule::template update<V, X>(h, p, load_vector(grad + i), a, b, c);
-  store_vector(param + i, p);
-  if constexpr (kStates > 0) store_vector(s0 + i, a);
-  if constexpr (kStates > 1) store_vector(s1 + i, b);
-  if constexpr (kStates > 2) store_vector(s2 + i, c);
+  X p = load_vector(arrays.param + i), a = {}, b = {}, c = {};
+  if constexpr (kStates > 0) a = load_vector(arrays.s0 + i);
+  if constexpr (kStates > 1) b = load_vector(arrays.s1 + i);
+  if constexpr (kStates > 2) c = load_vector(arrays.s2 + i);
+  Rule::template update<V, X>(h, p, load_vector(arrays.grad + i), a, b, c);
+  store_vector(arrays.param + i, p);
+  if constexpr (kStates > 0) store_vector(arrays.s0 + i, a);
+  if constexpr (kStates > 1) store_vector(arrays.s1 + i, b);
+  if constexpr (kStates > 2) store_vector(arrays.s2 + i, c);
 }
 
 template <class Rule, int V, class P, class S>
-void update_segment(const TableRow& row, const void* hyper, int64_t begin, int64_t end) {
+void update_segment(const TableRow& row, const void* hyper, int64_t begin, int64_t end, const TableRow* next) {
   constexpr int64_t kLanes = kVectorBytes / sizeof(typename Compute<P>::type);
+  constexpr int kStates = Rule::kStates[V];
   const typename Rule::Hyper h = *static_cast<const typename Rule::Hyper*>(hyper);
-  P* const p = static_cast<P*>(row.param);
-  const P* const g = static_cast<const P*>(row.grad);
-  S* const s0 = static_cast<S*>(row.state[0]);
-  S* const s1 = static_cast<S*>(row.state[1]);
-  S* const s2 = static_cast<S*>(row.state[2]);
-  const int64_t ahead = prefetch_bytes();
+  const Arrays<P, S> arrays(row);
+  const int64_t ahead = prefetch_bytes() / static_cast<int64_t>(sizeof(P));
   int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) update_vector<Rule, V>(h, p, g, s0, s1, s2, i, ahead);
-  for (; i < end; ++i) update_one<Rule, V>(h, p[i], g[i], s0, s1, s2, i);
+  for (; i + kLanes + ahead <= end; i += kLanes) {
+    arrays.template prefetch<kStates>(i + ahead);
+    update_vector<Rule, V>(h, arrays, i);
+  }
+  // The last stretch asks for the start of the next row, which no hardware prefetcher can foresee.
+  const Arrays<P, S> following(next && next->update == row.update ? *next : row);
+  for (const int64_t from = i; i + kLanes <= end; i += kLanes) {
+    following.template prefetch<kStates>(i - from);
+    update_vector<Rule, V>(h, arrays, i);
+  }
+  S *const s0 = arrays.s0, *const s1 = arrays.s1, *const s2 = arrays.s2;
+  for (; i < end; ++i) update_one<Rule, V>(h, arrays.param[i], arrays.grad[i], s0, s1, s2, i);
 }
 
 template <class G>
