@@ -1,0 +1,7 @@
+"""`python -m bench` in a source tree; where pyoptim is installed: `python -m pyoptim bench`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,148 @@
+"""The implementations that are compared, as one table: torch's own three, compiled, pyoptim's."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import shutil
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .bytes import DtypeSet
+
+Optimizer = torch.optim.Optimizer
+
+# What COSTS counts must be what runs: one row here per row there.
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sgd": ("SGD", {}),
+    "sgd-momentum": ("SGD", {"momentum": 0.9}),
+    "adam": ("Adam", {}),
+    "adam-amsgrad": ("Adam", {"amsgrad": True}),
+    "adamw": ("AdamW", {}),
+    "rmsprop": ("RMSprop", {}),
+    "rmsprop-momentum": ("RMSprop", {"momentum": 0.9}),
+    "rmsprop-centered": ("RMSprop", {"centered": True}),
+    "rmsprop-centered-momentum": ("RMSprop", {"centered": True, "momentum": 0.9}),
+    "adagrad": ("Adagrad", {}),
+}
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an optimizer.
+
+    Args:
+        package: module that holds the optimizer classes.
+        options: constructor arguments that select the implementation.
+        is_compiled: the step goes through torch.compile.
+        has_state_dtype: states can have another dtype than the parameter.
+    """
+
+    name: str
+    package: str
+    options: dict[str, Any] = field(default_factory=dict)
+    is_compiled: bool = False
+    has_state_dtype: bool = False
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    implementation.name: implementation
+    for implementation in (
+        Implementation("torch-for-loop", "torch.optim", {"foreach": False}),
+        Implementation("torch-foreach", "torch.optim", {"foreach": True}),
+        Implementation("torch-fused", "torch.optim", {"fused": True}),
+        Implementation("torch-compiled", "torch.optim", {"foreach": True}, is_compiled=True),
+        Implementation("pyoptim", "pyoptim", {"backend": "cpu"}, has_state_dtype=True),
+        Implementation("reference", "pyoptim", {"backend": "reference"}, has_state_dtype=True),
+    )
+}
+DEFAULT_IMPLEMENTATIONS = ("torch-for-loop", "torch-foreach", "torch-fused", "pyoptim")
+
+
+def why_not(implementation: Implementation, optimizer: str, dtypes: DtypeSet) -> str | None:
+    """The reason why a combination cannot be measured here, or None if it can."""
+    class_name, _ = OPTIMIZERS[optimizer]
+    try:
+        package = importlib.import_module(implementation.package)
+    except ImportError as error:
+        return f"cannot import {implementation.package}: {error}"
+    found = getattr(package, class_name, None)
+    if found is None:
+        return f"{implementation.package} has no {class_name}"
+    if "fused" in implementation.options and "fused" not in inspect.signature(found).parameters:
+        return f"torch.optim.{class_name} has no fused implementation"
+    if dtypes.has_own_state_dtype and not implementation.has_state_dtype:
+        return f"torch.optim keeps states in the parameter's dtype, so not in {dtypes}"
+    if implementation.is_compiled:
+        return _why_no_compile()
+    return _why_no_native(package) if implementation.options.get("backend") == "cpu" else None
+
+
+def make_optimizer(
+    implementation: Implementation,
+    optimizer: str,
+    dtypes: DtypeSet,
+    params: list[torch.Tensor],
+) -> Optimizer:
+    """An optimizer of its own over shared parameters and gradients."""
+    class_name, options = OPTIMIZERS[optimizer]
+    options = options | implementation.options
+    if dtypes.has_own_state_dtype:
+        options["state_dtype"] = dtypes.state
+    found = getattr(importlib.import_module(implementation.package), class_name)
+    return found(params, **options)  # type: ignore[no-any-return]
+
+
+def make_step(implementation: Implementation, optimizer: Optimizer) -> Callable[[], object]:
+    """What one step calls; compiled as torch's tutorial on compiled optimizers writes it."""
+    if not implementation.is_compiled:
+        return optimizer.step
+
+    @torch.compile(fullgraph=False)
+    def compiled_step() -> None:
+        optimizer.step()
+
+    return compiled_step
+
+
+@contextmanager
+def fresh_compiler() -> Iterator[None]:
+    """Let a step be compiled from nothing, so that compile time is not that of a cache."""
+    variable = "TORCHINDUCTOR_CACHE_DIR"
+    previous = os.environ.get(variable)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.environ[variable] = folder
+        torch.compiler.reset()
+        try:
+            yield
+        finally:
+            torch.compiler.reset()
+            os.environ.pop(variable)
+            if previous is not None:
+                os.environ[variable] = previous
+
+
+def _why_no_compile() -> str | None:
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None and shutil.which("clang++") is None:
+        return f"torch.compile needs a C++ compiler; neither {compiler} nor clang++ was found"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "torch.compile needs Python.h; install the Python development package"
+    return None
+
+
+def _why_no_native(package: ModuleType) -> str | None:
+    try:
+        importlib.import_module(f"{package.__name__}._C")
+    except ImportError as error:
+        return f"pyoptim's native module is missing: {error}"
+    return None
