@@ -80,6 +80,9 @@ def why_not(implementation: Implementation, optimizer: str, dtypes: DtypeSet) ->
         return f"{implementation.package} has no {class_name}"
     if "fused" in implementation.options and "fused" not in inspect.signature(found).parameters:
         return f"torch.optim.{class_name} has no fused implementation"
+    if "fused" in implementation.options and class_name == "SGD" and dtypes.param.itemsize == 2:
+        # It would also ruin the parameters for everyone measured beside it.
+        return f"torch's fused SGD computes wrong values in {dtypes} on the CPU (torch 2.13)"
     if dtypes.has_own_state_dtype and not implementation.has_state_dtype:
         return f"torch.optim keeps states in the parameter's dtype, so not in {dtypes}"
     if implementation.is_compiled:

@@ -1,4 +1,5 @@
-// pyoptim._C: unwraps, checks, releases the GIL and raises. The only translation unit that includes Python.
+// pyoptim._C: unwraps, checks, releases the GIL and raises. The only translation unit that includes
+// Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -22,7 +23,8 @@ bool read_row(const Rule& rule, const py::tuple& fields, HyperCache& cache, Give
   const int variant = rule.variant(cache.raw(group).data());
   const py::tuple state_tensors = fields[2];
   if (static_cast<int>(state_tensors.size()) != rule.n_states[variant]) return false;
-  if (!dlpack::view(py::object(fields[0]).ptr(), &param) || !dlpack::view(py::object(fields[1]).ptr(), &grad)) {
+  if (!dlpack::view(py::object(fields[0]).ptr(), &param) ||
+      !dlpack::view(py::object(fields[1]).ptr(), &grad)) {
     return false;
   }
   for (size_t i = 0; i < state_tensors.size(); ++i) {
@@ -32,18 +34,23 @@ bool read_row(const Rule& rule, const py::tuple& fields, HyperCache& cache, Give
   const py::object step = fields[3];
   if (!step.is_none() && !(counter.bind(step.ptr()) && counter.can_count())) return false;
   TableRow& row = given->table_row;
-  if (!prepare_row(rule, variant, param, states, &row) || grad.dtype != param.dtype || !is_usable(grad, param)) {
+  if (!prepare_row(rule, variant, param, states, &row) || grad.dtype != param.dtype ||
+      !is_usable(grad, param)) {
     return false;
   }
   row.grad = grad.data;
-  row.hyper = cache.index(group, counter.next(), py::cast<bool>(fields[5]), param.dtype == DType::f64);
+  row.hyper =
+      cache.index(group, counter.next(), py::cast<bool>(fields[5]), param.dtype == DType::f64);
   return true;
 }
 
-// One update of tensors given explicitly, all of one memory layout per row and no memory shared between rows.
-// rows: (param, grad, (states...), step or None, group, first); hypers: raw values by group.
-void run_rows(const std::string& rule_name, const std::vector<py::tuple>& rows,
-              const std::vector<std::vector<double>>& hypers, double inv_scale) {
+// One update of tensors given explicitly, all of one memory layout per row and no memory shared
+// between rows. rows: (param, grad, (states...), step or None, group, first); hypers: raw values by
+// group.
+void run_rows(const std::string& rule_name,
+              const std::vector<py::tuple>& rows,
+              const std::vector<std::vector<double>>& hypers,
+              double inv_scale) {
   const Rule& rule = find_rule(rule_name);
   HyperCache cache(rule);
   cache.start(hypers);
@@ -75,24 +82,33 @@ py::dict rule_info(const std::string& name) {
   return info;
 }
 
-int variant_of(const std::string& rule, const std::vector<double>& raw) { return find_rule(rule).variant(raw.data()); }
+int variant_of(const std::string& rule, const std::vector<double>& raw) {
+  return find_rule(rule).variant(raw.data());
+}
 
 std::vector<double> read_hypers(const std::string& rule_name, const py::dict& group) {
   const Rule& rule = find_rule(rule_name);
   std::vector<double> raw;
-  for (int i = 0; i < rule.n_hypers; ++i) raw.push_back(HyperReader(rule.hyper_names[i]).read(group.ptr()));
+  for (int i = 0; i < rule.n_hypers; ++i)
+    raw.push_back(HyperReader(rule.hyper_names[i]).read(group.ptr()));
   return raw;
 }
 
 // (data pointer, sizes, strides, dtype name, is_complex, is_cpu), or None without strided memory.
 py::object describe(bool readable, const TensorView& view) {
   if (!readable) return py::none();
-  const std::vector<int64_t> sizes(view.sizes, view.sizes + view.ndim), strides(view.strides, view.strides + view.ndim);
-  return py::make_tuple(reinterpret_cast<uintptr_t>(view.data), sizes, strides, dtype_name(view.dtype),
-                        view.is_complex, view.is_cpu);
+  const std::vector<int64_t> sizes(view.sizes, view.sizes + view.ndim),
+      strides(view.strides, view.strides + view.ndim);
+  return py::make_tuple(reinterpret_cast<uintptr_t>(view.data),
+                        sizes,
+                        strides,
+                        dtype_name(view.dtype),
+                        view.is_complex,
+                        view.is_cpu);
 }
 
-// capsule holds torch's own at::Tensor* for the tensor: where the same TensorImpl lies in the Python object, or 0.
+// capsule holds torch's own at::Tensor* for the tensor: where the same TensorImpl lies in the
+// Python object, or 0.
 size_t find_tensor_offset(const py::object& tensor, const py::capsule& capsule) {
   void** const owned = static_cast<void**>(PyCapsule_GetPointer(capsule.ptr(), nullptr));
   if (owned == nullptr) throw py::error_already_set();
@@ -105,8 +121,8 @@ size_t find_tensor_offset(const py::object& tensor, const py::capsule& capsule) 
   return found;
 }
 
-// What the symbols say about a tensor, for the self-test: (itself, its gradient or None, neg bit, conj
-// bit, start of its storage).
+// What the symbols say about a tensor, for the self-test: (itself, its gradient or None, neg bit,
+// conj bit, start of its storage).
 py::tuple probe_symbols(const py::object& tensor, size_t offset) {
   const symbols::Tensor handle = reinterpret_cast<char*>(tensor.ptr()) + offset;
   TensorView view;
@@ -120,7 +136,8 @@ py::tuple probe_symbols(const py::object& tensor, size_t offset) {
   }
   const uintptr_t storage = reinterpret_cast<uintptr_t>(
       static_cast<void**>((*static_cast<void***>(handle))[symbols::kPointer])[symbols::kPointer]);
-  return py::make_tuple(self, grad, symbols::table().is_neg(handle), symbols::table().is_conj(handle), storage);
+  return py::make_tuple(
+      self, grad, symbols::table().is_neg(handle), symbols::table().is_conj(handle), storage);
 }
 
 void bump_by_symbol(const py::object& tensor, size_t offset) {
@@ -143,12 +160,16 @@ bool same_layout_of(const py::object& a, const py::object& b) {
   return dlpack::view(a.ptr(), &va) && dlpack::view(b.ptr(), &vb) && same_layout(va, vb);
 }
 
-void stream(const std::vector<uintptr_t>& read_only, const std::vector<uintptr_t>& read_write, int64_t numel,
-            int itemsize, int num_threads) {
+void stream(const std::vector<uintptr_t>& read_only,
+            const std::vector<uintptr_t>& read_write,
+            int64_t numel,
+            int itemsize,
+            int num_threads) {
   if (read_only.size() > 1 || read_write.empty() || read_write.size() > 4) {
     throw py::value_error("stream: at most 1 read-only array and 1 to 4 read-write arrays");
   }
-  if (itemsize != 2 && itemsize != 4 && itemsize != 8) throw py::value_error("stream: itemsize must be 2, 4 or 8");
+  if (itemsize != 2 && itemsize != 4 && itemsize != 8)
+    throw py::value_error("stream: itemsize must be 2, 4 or 8");
   std::vector<void*> in, out;
   for (const uintptr_t p : read_only) in.push_back(reinterpret_cast<void*>(p));
   for (const uintptr_t p : read_write) out.push_back(reinterpret_cast<void*>(p));
@@ -162,7 +183,9 @@ void make_collectable(PyHeapTypeObject* heap_type) {
   type->tp_flags |= Py_TPFLAGS_HAVE_GC;
   type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
     Py_VISIT(Py_TYPE(self));
-    return py::detail::is_holder_constructed(self) ? py::cast<Plan&>(py::handle(self)).visit(visit, arg) : 0;
+    return py::detail::is_holder_constructed(self)
+               ? py::cast<Plan&>(py::handle(self)).visit(visit, arg)
+               : 0;
   };
   type->tp_clear = [](PyObject* self) {
     py::cast<Plan&>(py::handle(self)).drop_references();
@@ -177,8 +200,14 @@ PYBIND11_MODULE(_C, m) {
   if (!cpu::watch_for_fork()) throw std::runtime_error("pyoptim: pthread_atfork failed");
 
   py::class_<Plan>(m, "Plan", py::custom_type_setup(make_collectable))
-      .def(py::init<const std::string&, const py::list&, const py::dict&, const py::list&, const py::list&>())
-      .def("step", &Plan::step, "True when the step was made, False when the general path has to make it");
+      .def(py::init<const std::string&,
+                    const py::list&,
+                    const py::dict&,
+                    const py::list&,
+                    const py::list&>())
+      .def("step",
+           &Plan::step,
+           "True when the step was made, False when the general path has to make it");
 
   m.def("run_rows", &run_rows);
   m.def("rule_info", &rule_info);
@@ -188,7 +217,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("same_layout", &same_layout_of);
   m.def("has_memory", &has_memory);
 
-  m.def("find_dlpack_api", [](const py::object& tensor_type) { return dlpack::find_api(tensor_type.ptr()); });
+  m.def("find_dlpack_api",
+        [](const py::object& tensor_type) { return dlpack::find_api(tensor_type.ptr()); });
   symbols::loaded = symbols::load();
   m.def("symbols_found", [] { return symbols::table().complete; });
   m.def("find_tensor_offset", &find_tensor_offset);
@@ -201,10 +231,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("isas", &cpu::supported_isas);
   m.def("active_isa", [] { return cpu::active_kernels().isa; });
   m.def("set_isa", [](const std::string& name) {
-    if (!cpu::set_isa(name)) throw py::value_error("this processor or build has no instruction set '" + name + "'");
+    if (!cpu::set_isa(name))
+      throw py::value_error("this processor or build has no instruction set '" + name + "'");
   });
   m.def("num_threads", &cpu::num_threads);
-  m.def("stream", &stream, py::arg("read_only"), py::arg("read_write"), py::arg("numel"), py::arg("itemsize"),
+  m.def("stream",
+        &stream,
+        py::arg("read_only"),
+        py::arg("read_write"),
+        py::arg("numel"),
+        py::arg("itemsize"),
         py::arg("num_threads"));
 }
 

@@ -113,7 +113,7 @@ def select(choice: str, param: Tensor) -> str:
     if device == "cpu" and _native is not None:
         return "cpu"
     if device not in ("cpu", "meta"):
-        _say_once(f"pyoptim: no kernels for device {device!r} in this version; the plain-PyTorch reference runs")
+        _say_once(f"no kernels for device {device!r} in this version; the plain-PyTorch reference runs")
     return "reference"
 
 
@@ -123,7 +123,12 @@ _said: set[str] = set()
 def _say_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        _warn(message)
+
+
+def _warn(message: str) -> None:
+    """Warns on one line: without a source file there is no second line to show."""
+    warnings.warn_explicit(message, RuntimeWarning, filename="pyoptim", lineno=0)
 
 
 def _load_native() -> tuple[ModuleType | None, str | None]:
@@ -205,8 +210,4 @@ def _described(tensor: Tensor) -> tuple[int, list[int], list[int], str, bool, bo
 
 _native, _native_missing = _load_native()
 if _native is None:
-    warnings.warn(
-        f"pyoptim runs its plain-PyTorch reference, without compiled kernels: {_native_missing}",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    _warn(f"the plain-PyTorch reference runs, without compiled kernels: {_native_missing}")

@@ -15,16 +15,15 @@ namespace pyoptim {
 
 enum class DType : int { f64 = 0, f32 = 1, bf16 = 2, f16 = 3, unsupported = 4 };
 
-inline int item_size(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
+inline int item_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 inline const char* dtype_name(DType dtype) {
   constexpr const char* kNames[] = {"float64", "float32", "bfloat16", "float16", "unsupported"};
   return kNames[static_cast<int>(dtype)];
 }
 
-// The internal linkage keeps one translation unit's instruction set out of another's inline functions.
+// The internal linkage keeps one translation unit's instruction set out of another's inline
+// functions.
 namespace {
 
 template <class To, class From>
@@ -43,8 +42,8 @@ struct F16 {
   uint16_t bits;
 };
 
-// The conversions of the half types, on one element (X float, W uint32_t) or on a vector of them. Integer arithmetic
-// without branches: gcc 12 leaves loops over _Float16 and __bf16 scalar.
+// The conversions of the half types, on one element (X float, W uint32_t) or on a vector of them.
+// Integer arithmetic without branches: gcc 12 leaves loops over _Float16 and __bf16 scalar.
 template <class W>
 PYOPTIM_HD W every(uint32_t value) {
   return W{} + value;
@@ -63,8 +62,8 @@ PYOPTIM_HD W narrow_bf16(X x) {
   return x != x ? every<W>(0x7fc0u) : rounded;
 }
 
-// Shifts the exponent by integer addition. A subnormal is renormalised by one subtraction of normal numbers, so that
-// a caller's flush-denormals mode cannot change it.
+// Shifts the exponent by integer addition. A subnormal is renormalised by one subtraction of normal
+// numbers, so that a caller's flush-denormals mode cannot change it.
 template <class X, class W>
 PYOPTIM_HD X widen_f16(W half) {
   const W magnitude = (half & 0x7fffu) << 13;
@@ -81,8 +80,10 @@ PYOPTIM_HD W narrow_f16(X x) {
   const W bits = bit_cast<W>(x);
   const W magnitude = bits & 0x7fffffffu;
   const W normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
-  // Adding 0.5 aligns the last bit of a float16 subnormal with the last bit of the sum, which then rounds it.
-  const W subnormal = bit_cast<W>(bit_cast<X>(magnitude) + bit_cast<X>(every<W>(0x3f000000u))) - 0x3f000000u;
+  // Adding 0.5 aligns the last bit of a float16 subnormal with the last bit of the sum, which then
+  // rounds it.
+  const W subnormal =
+      bit_cast<W>(bit_cast<X>(magnitude) + bit_cast<X>(every<W>(0x3f000000u))) - 0x3f000000u;
   W half = magnitude < 0x38800000u ? subnormal : normal;
   half = magnitude >= 0x47800000u ? every<W>(0x7c00u) : half;
   half = x != x ? every<W>(0x7e00u) : half;
@@ -98,8 +99,12 @@ PYOPTIM_HD float load(const F16& x) { return widen_f16<float>(static_cast<uint32
 
 PYOPTIM_HD void store(double& to, double x) { to = x; }
 PYOPTIM_HD void store(float& to, float x) { to = x; }
-PYOPTIM_HD void store(Bf16& to, float x) { to.bits = static_cast<uint16_t>(narrow_bf16<uint32_t>(x)); }
-PYOPTIM_HD void store(F16& to, float x) { to.bits = static_cast<uint16_t>(narrow_f16<uint32_t>(x)); }
+PYOPTIM_HD void store(Bf16& to, float x) {
+  to.bits = static_cast<uint16_t>(narrow_bf16<uint32_t>(x));
+}
+PYOPTIM_HD void store(F16& to, float x) {
+  to.bits = static_cast<uint16_t>(narrow_f16<uint32_t>(x));
+}
 
 // The type the arithmetic runs in: float64 for float64 elements, float32 for every other.
 template <class Element>

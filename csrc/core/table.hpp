@@ -15,20 +15,23 @@ constexpr int kHyperBytes = 96;
 enum class DTypeSet : int { f64 = 0, f32, bf16, f16, bf16_state32, f16_state32, count };
 
 inline DTypeSet dtype_set(DType param, DType state) {
-  if (param == state && param != DType::unsupported) return static_cast<DTypeSet>(static_cast<int>(param));
+  if (param == state && param != DType::unsupported)
+    return static_cast<DTypeSet>(static_cast<int>(param));
   if (param == DType::bf16 && state == DType::f32) return DTypeSet::bf16_state32;
   if (param == DType::f16 && state == DType::f32) return DTypeSet::f16_state32;
   return DTypeSet::count;
 }
 
-// Hyper-parameters of a group at one step count, prepared by Rule::prepare for the type the arithmetic runs in.
+// Hyper-parameters of a group at one step count, prepared by Rule::prepare for the type the
+// arithmetic runs in.
 struct alignas(16) HyperBlock {
   unsigned char bytes[kHyperBytes];
 };
 
 struct TableRow;
 // next: the row whose first elements are wanted soon, or null.
-using UpdateKernel = void (*)(const TableRow& row, const void* hyper, int64_t begin, int64_t end, const TableRow* next);
+using UpdateKernel = void (*)(
+    const TableRow& row, const void* hyper, int64_t begin, int64_t end, const TableRow* next);
 using UnscaleKernel = void (*)(void* grad, double inv_scale, int64_t begin, int64_t end);
 using PrepareHyper = void (*)(const double* raw, double step, bool first, void* hyper);
 

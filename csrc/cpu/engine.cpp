@@ -34,8 +34,9 @@ bool can_run(const std::string& isa) {
 #if defined(PYOPTIM_X86)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
   if (isa == "avx2") return avx2;
   if (isa == "avx512") return avx512;
   if (isa == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
@@ -63,10 +64,12 @@ std::atomic<const KernelTable*>& active_table() {
   return table;
 }
 
-// torch's stable C interface (torch >= 2.10), found at run time: linking to libgomp or libtorch would tie the build to
-// one torch, and a second thread pool would fight with torch's spinning workers.
+// torch's stable C interface (torch >= 2.10), found at run time: linking to libgomp or libtorch
+// would tie the build to one torch, and a second thread pool would fight with torch's spinning
+// workers.
 struct TorchThreads {
-  int (*parallel_for)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void*);
+  int (*parallel_for)(
+      int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void*);
   int (*get_num_threads)(uint32_t* count);
 };
 
@@ -74,8 +77,10 @@ const TorchThreads& torch_threads() {
   static const TorchThreads threads = [] {
     TorchThreads found = {};
     if (void* lib = dlopen(kTorchLibrary, RTLD_NOLOAD | RTLD_LAZY)) {
-      found.parallel_for = reinterpret_cast<decltype(found.parallel_for)>(dlsym(lib, "torch_parallel_for"));
-      found.get_num_threads = reinterpret_cast<decltype(found.get_num_threads)>(dlsym(lib, "torch_get_num_threads"));
+      found.parallel_for =
+          reinterpret_cast<decltype(found.parallel_for)>(dlsym(lib, "torch_parallel_for"));
+      found.get_num_threads =
+          reinterpret_cast<decltype(found.get_num_threads)>(dlsym(lib, "torch_get_num_threads"));
     }
     return found;
   }();
@@ -130,7 +135,8 @@ struct Step {
     const TableRow* const next = r + 1 < static_cast<int64_t>(rows.size()) ? rows[r + 1] : nullptr;
     const void* const hyper = &hypers[row.hyper];
     if (inv_scale == 1.0) return row.update(row, hyper, begin, end, next);
-    constexpr int64_t kBlock = 4096;  // an unscaled block is still in the first-level cache when the rule reads it
+    // A block is still in the first-level cache when the rule reads what was unscaled.
+    constexpr int64_t kBlock = 4096;
     for (; begin < end; begin += kBlock) {
       const int64_t stop = std::min(end, begin + kBlock);
       row.unscale(row.grad, inv_scale, begin, stop);
@@ -178,7 +184,9 @@ bool set_isa(const std::string& name) {
 int num_threads() {
   uint32_t count = 1;
   const TorchThreads& threads = torch_threads();
-  if (forked || !threads.parallel_for || !threads.get_num_threads || threads.get_num_threads(&count) != 0) return 1;
+  if (forked || !threads.parallel_for || !threads.get_num_threads ||
+      threads.get_num_threads(&count) != 0)
+    return 1;
   return static_cast<int>(count);
 }
 
@@ -193,12 +201,15 @@ void run_tasks(int64_t n_tasks, bool serial, Task task, void* context) {
   queue.drain();
 }
 
-void update_rows(const std::vector<const TableRow*>& rows, const std::vector<HyperBlock>& hypers, double inv_scale) {
+void update_rows(const std::vector<const TableRow*>& rows,
+                 const std::vector<HyperBlock>& hypers,
+                 double inv_scale) {
   int64_t total = 0;
   for (const TableRow* row : rows) total += row->numel;
   const Step step{rows, hypers, inv_scale, {}};
   if (total <= kSerialElements) {
-    for (size_t r = 0; r < rows.size(); ++r) step.update(static_cast<int64_t>(r), 0, rows[r]->numel);
+    for (size_t r = 0; r < rows.size(); ++r)
+      step.update(static_cast<int64_t>(r), 0, rows[r]->numel);
     return;
   }
   Step cut{rows, hypers, inv_scale, cut_tasks(rows)};
@@ -216,14 +227,22 @@ struct Stream {
 
   void run(int64_t task) const {
     const int64_t begin = task * kTaskElements;
-    active_kernels().stream(itemsize, read_only.data(), static_cast<int>(read_only.size()), read_write.data(),
-                            static_cast<int>(read_write.size()), begin, std::min(numel, begin + kTaskElements));
+    active_kernels().stream(itemsize,
+                            read_only.data(),
+                            static_cast<int>(read_only.size()),
+                            read_write.data(),
+                            static_cast<int>(read_write.size()),
+                            begin,
+                            std::min(numel, begin + kTaskElements));
   }
 };
 
 }  // namespace
 
-void stream(int itemsize, const std::vector<void*>& read_only, const std::vector<void*>& read_write, int64_t numel,
+void stream(int itemsize,
+            const std::vector<void*>& read_only,
+            const std::vector<void*>& read_write,
+            int64_t numel,
             bool serial) {
   Stream loop{itemsize, read_only, read_write, numel};
   const auto run = [](int64_t i, void* s) { static_cast<const Stream*>(s)->run(i); };

@@ -13,10 +13,16 @@ namespace pyoptim::cpu {
 // One instruction set's kernels.
 struct KernelTable {
   const char* isa;
-  UpdateKernel update[static_cast<int>(RuleId::count)][kMaxVariants][static_cast<int>(DTypeSet::count)];
+  UpdateKernel update[static_cast<int>(RuleId::count)][kMaxVariants]
+                     [static_cast<int>(DTypeSet::count)];
   UnscaleKernel unscale[4];  // by DType of the gradient
-  void (*stream)(int itemsize, void* const* read_only, int n_read_only, void* const* read_write, int n_read_write,
-                 int64_t begin, int64_t end);
+  void (*stream)(int itemsize,
+                 void* const* read_only,
+                 int n_read_only,
+                 void* const* read_write,
+                 int n_read_write,
+                 int64_t begin,
+                 int64_t end);
 };
 
 // Instruction sets that were built, worst first; those that this processor can run; the one in use.
@@ -25,14 +31,16 @@ std::vector<std::string> supported_isas();
 const KernelTable& active_kernels();
 bool set_isa(const std::string& name);
 
-// Runs task(i) for i in [0, n_tasks) on torch's own threads, or serially when asked to, when torch's threads are
-// out of reach, and always in a forked child (libgomp's pool does not survive fork: a parallel region there hangs).
+// Runs task(i) for i in [0, n_tasks) on torch's own threads, or serially when asked to, when
+// torch's threads are out of reach, and always in a forked child (libgomp's pool does not survive
+// fork: a parallel region there hangs).
 using Task = void (*)(int64_t index, void* context);
 void run_tasks(int64_t n_tasks, bool serial, Task task, void* context);
 
 int num_threads();
 
-// To be called once when the module loads, before any fork; false when the handler could not be set.
+// To be called once when the module loads, before any fork; false when the handler could not be
+// set.
 bool watch_for_fork();
 
 #if defined(__APPLE__)
@@ -41,16 +49,23 @@ constexpr const char* kTorchLibrary = "libtorch_cpu.dylib";
 constexpr const char* kTorchLibrary = "libtorch_cpu.so";
 #endif
 
-// Elements below which a step runs on the calling thread: waking torch's workers costs about as much as the work.
+// Elements below which a step runs on the calling thread: waking torch's workers costs about as
+// much as the work.
 constexpr int64_t kSerialElements = 32 * 1024;
 constexpr int64_t kTaskElements = 64 * 1024;
 
 // Updates every row. With inv_scale != 1 gradients are multiplied by it and written back first.
 // No two rows may share memory.
-void update_rows(const std::vector<const TableRow*>& rows, const std::vector<HyperBlock>& hypers, double inv_scale);
+void update_rows(const std::vector<const TableRow*>& rows,
+                 const std::vector<HyperBlock>& hypers,
+                 double inv_scale);
 
-// x[i] += sum of the read-only arrays, in the optimizers' own driver: the bandwidth a step could reach.
-void stream(int itemsize, const std::vector<void*>& read_only, const std::vector<void*>& read_write, int64_t numel,
+// x[i] += sum of the read-only arrays, in the optimizers' own driver: the bandwidth a step could
+// reach.
+void stream(int itemsize,
+            const std::vector<void*>& read_only,
+            const std::vector<void*>& read_write,
+            int64_t numel,
             bool serial);
 
 }  // namespace pyoptim::cpu

@@ -1,4 +1,5 @@
-// Loops over one contiguous segment; included once per instruction set, which the file that includes this names.
+// Loops over one contiguous segment; included once per instruction set, which the file that
+// includes this names.
 #include "cpu/engine.hpp"
 #include "cpu/simd.hpp"
 
@@ -7,7 +8,8 @@ namespace {
 
 // One element.
 template <class Rule, int V, class P, class S>
-PYOPTIM_HD void update_one(const typename Rule::Hyper& h, P& param, const P& grad, S* s0, S* s1, S* s2, int64_t i) {
+PYOPTIM_HD void update_one(
+    const typename Rule::Hyper& h, P& param, const P& grad, S* s0, S* s1, S* s2, int64_t i) {
   using T = typename Compute<P>::type;
   constexpr int kStates = Rule::kStates[V];
   T p = load(param), a = 0, b = 0, c = 0;
@@ -21,9 +23,10 @@ PYOPTIM_HD void update_one(const typename Rule::Hyper& h, P& param, const P& gra
   if constexpr (kStates > 2) store(s2[i], c);
 }
 
-// How far ahead memory is asked for, in bytes. On Sapphire Rapids, whose out-of-order window is too short for this much
-// arithmetic between the loads, 1024 raised a 20 M element AdamW step from 84 % to 96 % of the same-mix loop (512: 92 %,
-// 2048: 86 %); a Zen 4 prototype found 512 neutral and more than 1024 harmful.
+// How far ahead memory is asked for, in bytes. On Sapphire Rapids, whose out-of-order window is too
+// short for this much arithmetic between the loads, 1024 raised a 20 M element AdamW step from 84 %
+// to 96 % of the same-mix loop (512: 92 %, 2048: 86 %); a Zen 4 prototype found 512 neutral and
+// more than 1024 harmful.
 inline int64_t prefetch_bytes() {
 #if defined(__x86_64__)
   static const int64_t bytes = __builtin_cpu_is("intel") ? 1024 : 512;
@@ -59,7 +62,9 @@ struct Arrays {
 
 // One vector of elements.
 template <class Rule, int V, class P, class S>
-PYOPTIM_HD void update_vector(const typename Rule::Hyper& h, const Arrays<P, S>& arrays, int64_t i) {
+PYOPTIM_HD void update_vector(const typename Rule::Hyper& h,
+                              const Arrays<P, S>& arrays,
+                              int64_t i) {
   using X = typename VectorOf<typename Compute<P>::type>::type;
   constexpr int kStates = Rule::kStates[V];
   X p = load_vector(arrays.param + i), a = {}, b = {}, c = {};
@@ -74,7 +79,8 @@ PYOPTIM_HD void update_vector(const typename Rule::Hyper& h, const Arrays<P, S>&
 }
 
 template <class Rule, int V, class P, class S>
-void update_segment(const TableRow& row, const void* hyper, int64_t begin, int64_t end, const TableRow* next) {
+void update_segment(
+    const TableRow& row, const void* hyper, int64_t begin, int64_t end, const TableRow* next) {
   constexpr int64_t kLanes = kVectorBytes / sizeof(typename Compute<P>::type);
   constexpr int kStates = Rule::kStates[V];
   const typename Rule::Hyper h = *static_cast<const typename Rule::Hyper*>(hyper);
@@ -111,7 +117,8 @@ PYOPTIM_HD void stream_add(E* to, Vector x) {
   store_as(to, load_as<Vector>(to) + x);
 }
 
-// One loop per count of arrays, so that the loads and stores of all of them are interleaved as in an update.
+// One loop per count of arrays, so that the loads and stores of all of them are interleaved as in
+// an update.
 template <class E, int R, int W>
 void stream_arrays(void* const* read_only, void* const* read_write, int64_t begin, int64_t end) {
   using Vector = typename VectorOf<E>::type;
@@ -133,17 +140,31 @@ void stream_arrays(void* const* read_only, void* const* read_write, int64_t begi
 }
 
 template <class E>
-void stream_items(void* const* read_only, int n_read_only, void* const* read_write, int n_read_write, int64_t begin,
+void stream_items(void* const* read_only,
+                  int n_read_only,
+                  void* const* read_write,
+                  int n_read_write,
+                  int64_t begin,
                   int64_t end) {
   using Loop = void (*)(void* const*, void* const*, int64_t, int64_t);
-  constexpr Loop kLoops[2][4] = {
-      {stream_arrays<E, 0, 1>, stream_arrays<E, 0, 2>, stream_arrays<E, 0, 3>, stream_arrays<E, 0, 4>},
-      {stream_arrays<E, 1, 1>, stream_arrays<E, 1, 2>, stream_arrays<E, 1, 3>, stream_arrays<E, 1, 4>}};
+  constexpr Loop kLoops[2][4] = {{stream_arrays<E, 0, 1>,
+                                  stream_arrays<E, 0, 2>,
+                                  stream_arrays<E, 0, 3>,
+                                  stream_arrays<E, 0, 4>},
+                                 {stream_arrays<E, 1, 1>,
+                                  stream_arrays<E, 1, 2>,
+                                  stream_arrays<E, 1, 3>,
+                                  stream_arrays<E, 1, 4>}};
   kLoops[n_read_only][n_read_write - 1](read_only, read_write, begin, end);
 }
 
-void stream_segment(int itemsize, void* const* read_only, int n_read_only, void* const* read_write, int n_read_write,
-                    int64_t begin, int64_t end) {
+void stream_segment(int itemsize,
+                    void* const* read_only,
+                    int n_read_only,
+                    void* const* read_write,
+                    int n_read_write,
+                    int64_t begin,
+                    int64_t end) {
   const auto loop = itemsize == 2   ? stream_items<uint16_t>
                     : itemsize == 4 ? stream_items<float>
                                     : stream_items<double>;
@@ -166,11 +187,11 @@ void fill_variant(UpdateKernel* by_dtype_set) {
 KernelTable make_table(const char* isa) {
   KernelTable table = {};
   table.isa = isa;
-#define PYOPTIM_FILL(Rule)                                               \
+#define PYOPTIM_FILL(Rule)                                                    \
   static_assert(Rule<float>::kVariants <= kMaxVariants, "too many variants"); \
-  fill_variant<Rule, 0>(table.update[static_cast<int>(RuleId::Rule)][0]);    \
-  fill_variant<Rule, 1>(table.update[static_cast<int>(RuleId::Rule)][1]);    \
-  fill_variant<Rule, 2>(table.update[static_cast<int>(RuleId::Rule)][2]);    \
+  fill_variant<Rule, 0>(table.update[static_cast<int>(RuleId::Rule)][0]);     \
+  fill_variant<Rule, 1>(table.update[static_cast<int>(RuleId::Rule)][1]);     \
+  fill_variant<Rule, 2>(table.update[static_cast<int>(RuleId::Rule)][2]);     \
   fill_variant<Rule, 3>(table.update[static_cast<int>(RuleId::Rule)][3]);
   PYOPTIM_FOR_EACH_RULE(PYOPTIM_FILL)
 #undef PYOPTIM_FILL

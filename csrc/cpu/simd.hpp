@@ -1,5 +1,5 @@
-// Vectors as wide as the instruction set this file is compiled for: gcc's and clang's vector extension, plus the few
-// instructions it has no operator for.
+// Vectors as wide as the instruction set this file is compiled for: gcc's and clang's vector
+// extension, plus the few instructions it has no operator for.
 #pragma once
 
 #include "core/dtype.hpp"
@@ -53,14 +53,16 @@ PYOPTIM_HD void store_as(void* to, const V& v) {
   std::memcpy(to, &v, sizeof(V));
 }
 
-// float32 words from 16-bit words and back. gcc 12 makes twice the instructions of __builtin_convertvector here.
+// float32 words from 16-bit words and back. gcc 12 makes twice the instructions of
+// __builtin_convertvector here.
 #if defined(__AVX512F__)
 PYOPTIM_HD WordV widen(HalfV x) { return (WordV)_mm512_cvtepu16_epi32((__m256i)x); }
 PYOPTIM_HD HalfV narrow(WordV x) { return (HalfV)_mm512_cvtepi32_epi16((__m512i)x); }
 #elif defined(__AVX2__)
 PYOPTIM_HD WordV widen(HalfV x) { return (WordV)_mm256_cvtepu16_epi32((__m128i)x); }
 PYOPTIM_HD HalfV narrow(WordV x) {
-  const __m256i packed = _mm256_packus_epi32((__m256i)x, (__m256i)x);  // within each half of the register
+  const __m256i packed =
+      _mm256_packus_epi32((__m256i)x, (__m256i)x);  // within each half of the register
   return (HalfV)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
 }
 #elif defined(__x86_64__)
@@ -68,7 +70,8 @@ PYOPTIM_HD WordV widen(HalfV x) {
   return (WordV)_mm_unpacklo_epi16(_mm_loadl_epi64((const __m128i*)&x), _mm_setzero_si128());
 }
 PYOPTIM_HD HalfV narrow(WordV x) {
-  const __m128i signs = _mm_srai_epi32(_mm_slli_epi32((__m128i)x, 16), 16);  // SSE2 packs signed words only
+  const __m128i signs =
+      _mm_srai_epi32(_mm_slli_epi32((__m128i)x, 16), 16);  // SSE2 packs signed words only
   const __m128i packed = _mm_packs_epi32(signs, signs);
   return load_as<HalfV>(&packed);
 }
@@ -79,13 +82,16 @@ PYOPTIM_HD HalfV narrow(WordV x) { return __builtin_convertvector(x, HalfV); }
 
 PYOPTIM_HD DoubleV load_vector(const double* from) { return load_as<DoubleV>(from); }
 PYOPTIM_HD FloatV load_vector(const float* from) { return load_as<FloatV>(from); }
-PYOPTIM_HD FloatV load_vector(const Bf16* from) { return widen_bf16<FloatV>(widen(load_as<HalfV>(from))); }
+PYOPTIM_HD FloatV load_vector(const Bf16* from) {
+  return widen_bf16<FloatV>(widen(load_as<HalfV>(from)));
+}
 
 PYOPTIM_HD void store_vector(double* to, DoubleV x) { store_as(to, x); }
 PYOPTIM_HD void store_vector(float* to, FloatV x) { store_as(to, x); }
 #if defined(__AVX512BF16__)
 PYOPTIM_HD void store_vector(Bf16* to, FloatV x) {
-  // The instruction flushes subnormal numbers and keeps a NaN's payload: a vector with either takes the long way.
+  // The instruction flushes subnormal numbers and keeps a NaN's payload: a vector with either takes
+  // the long way.
   constexpr int kNanOrSubnormal = 0x01 | 0x80 | 0x20;
   if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)x, kNanOrSubnormal), 0)) {
     store_as(to, narrow(narrow_bf16<WordV>(x)));
@@ -97,28 +103,36 @@ PYOPTIM_HD void store_vector(Bf16* to, FloatV x) {
 PYOPTIM_HD void store_vector(Bf16* to, FloatV x) { store_as(to, narrow(narrow_bf16<WordV>(x))); }
 #endif
 
-// The hardware's float16 conversions round to nearest even and ignore the flush-denormals mode, as ours do.
+// The hardware's float16 conversions round to nearest even and ignore the flush-denormals mode, as
+// ours do.
 #if defined(__AVX512F__)
-PYOPTIM_HD FloatV load_vector(const F16* from) { return (FloatV)_mm512_cvtph_ps(load_as<__m256i>(from)); }
+PYOPTIM_HD FloatV load_vector(const F16* from) {
+  return (FloatV)_mm512_cvtph_ps(load_as<__m256i>(from));
+}
 PYOPTIM_HD void store_vector(F16* to, FloatV x) {
   store_as(to, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(__AVX2__)
-PYOPTIM_HD FloatV load_vector(const F16* from) { return (FloatV)_mm256_cvtph_ps(load_as<__m128i>(from)); }
+PYOPTIM_HD FloatV load_vector(const F16* from) {
+  return (FloatV)_mm256_cvtph_ps(load_as<__m128i>(from));
+}
 PYOPTIM_HD void store_vector(F16* to, FloatV x) {
   store_as(to, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
-PYOPTIM_HD FloatV load_vector(const F16* from) { return widen_f16<FloatV>(widen(load_as<HalfV>(from))); }
+PYOPTIM_HD FloatV load_vector(const F16* from) {
+  return widen_f16<FloatV>(widen(load_as<HalfV>(from)));
+}
 PYOPTIM_HD void store_vector(F16* to, FloatV x) { store_as(to, narrow(narrow_f16<WordV>(x))); }
 #endif
 
 #if defined(__AVX512F__)
 
-// The square root without the divider, which the rule's division keeps busy: a Newton step on the reciprocal root, then
-// Markstein's correction by the exact residual, which rounds correctly (tests/test_engine.py compares every mantissa
-// with vsqrtps). Outside the range where the residual is exact, and for zero, negative, infinite and NaN lanes, the
-// instruction itself. In the cache on Sapphire Rapids AdamW fell from 0.57 to NNN ns per element.
+// The square root without the divider, which the rule's division keeps busy: a Newton step on the
+// reciprocal root, then Markstein's correction by the exact residual, which rounds correctly
+// (tests/test_engine.py compares every mantissa with vsqrtps). Outside the range where the residual
+// is exact, and for zero, negative, infinite and NaN lanes, the instruction itself. In the cache on
+// Sapphire Rapids AdamW fell from 0.57 to NNN ns per element.
 template <>
 struct Math<FloatV> {
   static constexpr int kSmallest = 0x0f800000, kLargest = 0x7f000000;  // 2^-96, 2^127
@@ -136,7 +150,8 @@ struct Math<FloatV> {
     root = _mm512_fmadd_ps(residual, h, root);
     // One unsigned comparison of the bit patterns: 2^-96 <= x < 2^127.
     const __m512i above = _mm512_sub_epi32((__m512i)v, _mm512_set1_epi32(kSmallest));
-    const __mmask16 outside = _mm512_cmpge_epu32_mask(above, _mm512_set1_epi32(kLargest - kSmallest));
+    const __mmask16 outside =
+        _mm512_cmpge_epu32_mask(above, _mm512_set1_epi32(kLargest - kSmallest));
     if (__builtin_expect(outside, 0)) return (FloatV)_mm512_sqrt_ps(x);
     return (FloatV)root;
   }

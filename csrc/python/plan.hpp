@@ -1,5 +1,5 @@
-// A plan remembers which tensors a step updates together. Every step re-reads and re-checks all of them: addresses are
-// never trusted, because a new tensor may live where an old one was.
+// A plan remembers which tensors a step updates together. Every step re-reads and re-checks all of
+// them: addresses are never trusted, because a new tensor may live where an old one was.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -38,15 +38,23 @@ template <template <class> class R>
 Rule make_rule(RuleId id) {
   using F = R<float>;
   static_assert(F::kHypers <= kMaxHypers, "raise kMaxHypers");
-  return {id,         F::kHyperNames, F::kHypers,   F::kCountsSteps,         F::kVariants,
-          F::kStates, F::kStateNames, F::variant, prepare_hyper<R, float>, prepare_hyper<R, double>};
+  return {id,
+          F::kHyperNames,
+          F::kHypers,
+          F::kCountsSteps,
+          F::kVariants,
+          F::kStates,
+          F::kStateNames,
+          F::variant,
+          prepare_hyper<R, float>,
+          prepare_hyper<R, double>};
 }
 
 inline const Rule& find_rule(const std::string& name) {
-#define PYOPTIM_FIND(R)                                          \
-  if (name == R<float>::kName) {                                 \
-    static const Rule rule = make_rule<R>(RuleId::R);            \
-    return rule;                                                 \
+#define PYOPTIM_FIND(R)                               \
+  if (name == R<float>::kName) {                      \
+    static const Rule rule = make_rule<R>(RuleId::R); \
+    return rule;                                      \
   }
   PYOPTIM_FOR_EACH_RULE(PYOPTIM_FIND)
 #undef PYOPTIM_FIND
@@ -58,7 +66,8 @@ class HyperReader {
  public:
   explicit HyperReader(const std::string& path) {
     const size_t dot = path.find('.');
-    key_ = py::reinterpret_steal<py::object>(PyUnicode_InternFromString(path.substr(0, dot).c_str()));
+    key_ =
+        py::reinterpret_steal<py::object>(PyUnicode_InternFromString(path.substr(0, dot).c_str()));
     index_ = dot == std::string::npos ? -1 : path[dot + 1] - '0';
   }
 
@@ -88,7 +97,8 @@ class HyperReader {
   int index_;
 };
 
-// The raw hyper-parameters of every group, and the blocks prepared from them for the step counts met so far.
+// The raw hyper-parameters of every group, and the blocks prepared from them for the step counts
+// met so far.
 class HyperCache {
  public:
   explicit HyperCache(const Rule& rule) : rule_(rule) {}
@@ -109,7 +119,8 @@ class HyperCache {
     if (latest >= 0 && keys_[latest] == key) return latest;
     keys_.push_back(key);
     blocks_.emplace_back();
-    (is_double ? rule_.prepare64 : rule_.prepare32)(raw_[group].data(), step, first, blocks_.back().bytes);
+    (is_double ? rule_.prepare64 : rule_.prepare32)(
+        raw_[group].data(), step, first, blocks_.back().bytes);
     return latest = static_cast<int32_t>(blocks_.size()) - 1;
   }
 
@@ -130,14 +141,16 @@ class HyperCache {
   std::vector<int32_t> latest_;  // [group][is_double]
 };
 
-// A step counter as users see it: a 0-dim tensor, float32 as torch's, float64 once float32 can no longer count.
+// A step counter as users see it: a 0-dim tensor, float32 as torch's, float64 once float32 can no
+// longer count.
 struct StepCounter {
   void* data = nullptr;
   bool is_double = false;
 
   bool bind(PyObject* tensor) {
     TensorView view;
-    if (!view_of(tensor, &view) || view.numel != 1 || !view.is_cpu || view.is_complex || !view.data) return false;
+    if (!view_of(tensor, &view) || view.numel != 1 || !view.is_cpu || view.is_complex || !view.data)
+      return false;
     data = view.data;
     is_double = view.dtype == DType::f64;
     return is_double || view.dtype == DType::f32;
@@ -146,7 +159,9 @@ struct StepCounter {
     if (!data) return 1.0;
     return (is_double ? *static_cast<double*>(data) : *static_cast<float*>(data)) + 1.0;
   }
-  bool can_count() const { return is_double || !data || next() < 16777216.0; }  // 2^24: float32 is exact below
+  bool can_count() const {
+    return is_double || !data || next() < 16777216.0;
+  }  // 2^24: float32 is exact below
   void advance() const {
     const double value = next();
     if (is_double) {
@@ -162,8 +177,12 @@ inline bool is_usable(const TensorView& t, const TensorView& like) {
          same_layout(t, like);
 }
 
-// All of a row but its gradient and hyper-parameters. False when the tensors have no kernel together.
-inline bool prepare_row(const Rule& rule, int variant, const TensorView& param, const TensorView* states,
+// All of a row but its gradient and hyper-parameters. False when the tensors have no kernel
+// together.
+inline bool prepare_row(const Rule& rule,
+                        int variant,
+                        const TensorView& param,
+                        const TensorView* states,
                         TableRow* row) {
   const int n_states = rule.n_states[variant];
   const DType state_dtype = n_states ? states[0].dtype : param.dtype;
@@ -213,7 +232,8 @@ class GradHolder {
   }
   void hold(py::object grad) { objects_.push_back(std::move(grad)); }
   void clear() {
-    for (const symbols::Tensor handle : handles_) (void)symbols::table().delete_handle(handle);  // frees; cannot fail
+    for (const symbols::Tensor handle : handles_)
+      (void)symbols::table().delete_handle(handle);  // frees; cannot fail
     handles_.clear();
     objects_.clear();
   }
@@ -233,7 +253,8 @@ class DictGuard {
   explicit DictGuard(PyObject* dict) : dict_(dict), version_(version_of(dict)) {
     PyObject *key = nullptr, *value = nullptr;
     for (Py_ssize_t position = 0; PyDict_Next(dict, &position, &key, &value);) {
-      items_.emplace_back(py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value));
+      items_.emplace_back(py::reinterpret_borrow<py::object>(key),
+                          py::reinterpret_borrow<py::object>(value));
     }
   }
 
@@ -257,12 +278,15 @@ class DictGuard {
   }
 
  private:
-  // CPython before 3.14 gives a dict a new version at every change: one cache line instead of three.
+  // CPython before 3.14 gives a dict a new version at every change: one cache line instead of
+  // three.
 #if PY_VERSION_HEX < 0x030E0000
   static constexpr bool kHasVersions = true;
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
-  static uint64_t version_of(PyObject* dict) { return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag; }
+  static uint64_t version_of(PyObject* dict) {
+    return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+  }
 #pragma GCC diagnostic pop
 #else
   static constexpr bool kHasVersions = false;
@@ -288,12 +312,14 @@ class DictGuard {
 constexpr int kMaxHeld = kMaxStates + 1;  // state tensors and the step counter
 constexpr int kInlineDims = 5;
 
-// A state tensor or step counter. With the symbols in use the TensorImpl is owned, so that its address stays good.
+// A state tensor or step counter. With the symbols in use the TensorImpl is owned, so that its
+// address stays good.
 class HeldTensor {
  public:
   explicit HeldTensor(py::object object) : object_(std::move(object)) {
     if (!symbols::enabled()) return;
-    if (symbols::table().new_handle(symbols::tensor_of(object_.ptr()), &handle_) != 0) throw std::bad_alloc();
+    if (symbols::table().new_handle(symbols::tensor_of(object_.ptr()), &handle_) != 0)
+      throw std::bad_alloc();
   }
   HeldTensor(const HeldTensor&) = delete;
   HeldTensor(HeldTensor&& other) noexcept
@@ -303,14 +329,17 @@ class HeldTensor {
   }
 
   PyObject* ptr() const { return object_.ptr(); }
-  void* const* impl() const { return handle_ ? *static_cast<void* const* const*>(handle_) : nullptr; }
+  void* const* impl() const {
+    return handle_ ? *static_cast<void* const* const*>(handle_) : nullptr;
+  }
 
  private:
   py::object object_;
   symbols::Tensor handle_ = nullptr;
 };
 
-// One parameter as the plan was made for it. Flat and hot fields first: a step walks thousands and waits for memory.
+// One parameter as the plan was made for it. Flat and hot fields first: a step walks thousands and
+// waits for memory.
 struct Row {
   py::object param;
   DictGuard entry;  // optimizer.state[param]; empty when the rule keeps no state
@@ -349,9 +378,12 @@ struct Row {
   // The tensors are where they were, so what was checked for them still holds.
   bool is_current() {
     TensorView view;
-    const bool readable = symbols::enabled() ? symbols::view_memory(symbols::tensor_of(param.ptr()), &view)
-                                             : dlpack::view(param.ptr(), &view);
-    if (!readable || view.data != layout.data || view.dtype != layout.dtype || !same_layout(view, layout)) return false;
+    const bool readable = symbols::enabled()
+                              ? symbols::view_memory(symbols::tensor_of(param.ptr()), &view)
+                              : dlpack::view(param.ptr(), &view);
+    if (!readable || view.data != layout.data || view.dtype != layout.dtype ||
+        !same_layout(view, layout))
+      return false;
     if (view.is_complex != layout.is_complex || (entry && !entry.holds())) return false;
     for (int i = 0; i < n_held; ++i) {
       if (memory_of(i) != memory[i]) return false;
@@ -380,20 +412,27 @@ struct Row {
   }
 };
 
-// Below this many elements a step ends before another thread would get its turn (the interpreter switches every 5 ms),
-// so the GIL is kept and the gradients need no holding.
+// Below this many elements a step ends before another thread would get its turn (the interpreter
+// switches every 5 ms), so the GIL is kept and the gradients need no holding.
 constexpr int64_t kKeepGilElements = 1 << 20;
 
 class Plan {
  public:
-  // rows: (group, param, state dict or None, (states...), first, active) for every parameter of every group in order;
-  // an inactive row is a parameter without a gradient so far. No two parameters may share memory.
-  // guards: group keys whose truth is fixed while the plan lives.
-  Plan(const std::string& rule, const py::list& param_groups, const py::dict& state, const py::list& rows,
+  // rows: (group, param, state dict or None, (states...), first, active) for every parameter of
+  // every group in order; an inactive row is a parameter without a gradient so far. No two
+  // parameters may share memory. guards: group keys whose truth is fixed while the plan lives.
+  Plan(const std::string& rule,
+       const py::list& param_groups,
+       const py::dict& state,
+       const py::list& rows,
        const py::list& guards)
-      : rule_(find_rule(rule)), hypers_(rule_), kernels_(&cpu::active_kernels()), state_(state.ptr()) {
+      : rule_(find_rule(rule)),
+        hypers_(rule_),
+        kernels_(&cpu::active_kernels()),
+        state_(state.ptr()) {
     for (int i = 0; i < rule_.n_hypers; ++i) readers_.emplace_back(rule_.hyper_names[i]);
-    for (const py::handle guard : guards) guards_.push_back(py::reinterpret_borrow<py::object>(guard));
+    for (const py::handle guard : guards)
+      guards_.push_back(py::reinterpret_borrow<py::object>(guard));
     hypers_.start(read_groups(param_groups));
     for (size_t g = 0; g < param_groups.size(); ++g) {
       variants_.push_back(rule_.variant(hypers_.raw(static_cast<int>(g)).data()));
@@ -403,7 +442,8 @@ class Plan {
     for (const py::handle row : rows) add_row(py::reinterpret_borrow<py::tuple>(row));
   }
 
-  // What the garbage collector needs to see: a hook on a parameter may hold the optimizer that owns this plan.
+  // What the garbage collector needs to see: a hook on a parameter may hold the optimizer that owns
+  // this plan.
   int visit(visitproc visit_object, void* arg) const {
     if (const int stop = state_.visit(visit_object, arg)) return stop;
     for (const Row& row : rows_) {
@@ -421,10 +461,11 @@ class Plan {
     state_ = DictGuard();
   }
 
-  // One step over everything that has a gradient, or nothing at all: false, and nothing has changed, when parameters,
-  // state, options or gradients are not those the plan was made for.
+  // One step over everything that has a gradient, or nothing at all: false, and nothing has
+  // changed, when parameters, state, options or gradients are not those the plan was made for.
   bool step(const py::list& param_groups, const py::object& state, double inv_scale) {
-    if (running_) throw std::runtime_error("step() of this optimizer is already running in another thread");
+    if (running_)
+      throw std::runtime_error("step() of this optimizer is already running in another thread");
     const bool collected = collect(param_groups, state.ptr());
     if (collected && !table_.rows.empty()) launch(inv_scale);
     grads_.clear();
@@ -438,11 +479,13 @@ class Plan {
     row.group = py::cast<int>(fields[0]);
     row.param = fields[1];
     row.held.reserve(kMaxHeld);
-    for (const py::handle state : py::tuple(fields[3])) row.hold(py::reinterpret_borrow<py::object>(state));
+    for (const py::handle state : py::tuple(fields[3]))
+      row.hold(py::reinterpret_borrow<py::object>(state));
     const py::object entry = fields[2];
     if (!entry.is_none()) {
       row.entry = DictGuard(entry.ptr());
-      if (rule_.counts_steps) row.hold(py::reinterpret_borrow<py::object>(PyDict_GetItemString(entry.ptr(), "step")));
+      if (rule_.counts_steps)
+        row.hold(py::reinterpret_borrow<py::object>(PyDict_GetItemString(entry.ptr(), "step")));
     }
     row.first = py::cast<bool>(fields[4]);
     row.active = py::cast<bool>(fields[5]);
@@ -471,14 +514,18 @@ class Plan {
     table_.clear();
     stepped_.clear();
     live_grads_.clear();
-    if (!is_usable_ || kernels_ != &cpu::active_kernels() || param_groups.size() != variants_.size()) return false;
+    if (!is_usable_ || kernels_ != &cpu::active_kernels() ||
+        param_groups.size() != variants_.size())
+      return false;
     if (!state_.holds(state)) return false;
     hypers_.start(read_groups(param_groups));
     size_t row = 0;
     for (size_t g = 0; g < variants_.size(); ++g) {
       PyObject* const group = param_groups[g].ptr();
       if (rule_.variant(hypers_.raw(static_cast<int>(g)).data()) != variants_[g]) return false;
-      if (read_guards(group) != guard_values_[g] || !collect_group(group, static_cast<int>(g), &row)) return false;
+      if (read_guards(group) != guard_values_[g] ||
+          !collect_group(group, static_cast<int>(g), &row))
+        return false;
     }
     return row == rows_.size();
   }
@@ -540,10 +587,12 @@ class Plan {
     for (Row* row : stepped_) row->first = false;
   }
 
-  // Before anything is written, because torch refuses some tensors here (inference tensors) by an exception.
+  // Before anything is written, because torch refuses some tensors here (inference tensors) by an
+  // exception.
   void bump_versions(bool with_grads) const {
     if (symbols::enabled()) {
-      for (const Row* row : stepped_) symbols::table().bump_version(symbols::tensor_of(row->param.ptr()));
+      for (const Row* row : stepped_)
+        symbols::table().bump_version(symbols::tensor_of(row->param.ptr()));
       if (!with_grads) return;
       for (const symbols::Tensor grad : live_grads_) symbols::table().bump_version(grad);
       return;
@@ -571,7 +620,8 @@ class Plan {
   std::vector<Row> rows_;
   std::vector<Row*> stepped_;
   std::vector<symbols::Tensor> live_grads_;  // borrowed from the parameters
-  const py::object params_key_ = py::reinterpret_steal<py::object>(PyUnicode_InternFromString("params"));
+  const py::object params_key_ =
+      py::reinterpret_steal<py::object>(PyUnicode_InternFromString("params"));
 };
 
 }  // namespace pyoptim

@@ -1,10 +1,13 @@
-// Reads pointer, shape, strides, dtype and device of a torch tensor in tens of nanoseconds, without libtorch's headers.
+// Reads pointer, shape, strides, dtype and device of a torch tensor in tens of nanoseconds, without
+// libtorch's headers.
 //
 // Two ways, both resolved at run time:
-//  - dlpack: the C function table torch >= 2.10 publishes as torch.Tensor.__dlpack_c_exchange_api__, a stable ABI.
-//  - symbols: functions of libtorch found by dlsym. Most are torch's stable C shim; four are mangled C++ names
-//    (kGrad, kBumpVersion, kIsNeg, kIsConj), so this way is used only after pyoptim.backend has checked every one of
-//    them against torch's own answers in this process.
+//  - dlpack: the C function table torch >= 2.10 publishes as
+//  torch.Tensor.__dlpack_c_exchange_api__, a stable ABI.
+//  - symbols: functions of libtorch found by dlsym. Most are torch's stable C shim; four are
+//  mangled C++ names
+//    (kGrad, kBumpVersion, kIsNeg, kIsConj), so this way is used only after pyoptim.backend has
+//    checked every one of them against torch's own answers in this process.
 #pragma once
 
 #include <Python.h>
@@ -77,7 +80,9 @@ inline bool find_api(PyObject* tensor_type) {
       PyErr_Clear();
       continue;
     }
-    void* const table = PyCapsule_CheckExact(capsule) ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : nullptr;
+    void* const table = PyCapsule_CheckExact(capsule)
+                            ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api")
+                            : nullptr;
     PyErr_Clear();
     Py_DECREF(capsule);  // the table is static in torch
     api() = static_cast<const ExchangeApi*>(table);
@@ -92,10 +97,14 @@ inline DType dtype_of(const DataType& type) {
   if (type.lanes != 1) return DType::unsupported;
   if (type.code == kBfloat && bits == 16) return DType::bf16;
   if (type.code != kFloat && type.code != kComplex) return DType::unsupported;
-  return bits == 64 ? DType::f64 : bits == 32 ? DType::f32 : bits == 16 ? DType::f16 : DType::unsupported;
+  return bits == 64   ? DType::f64
+         : bits == 32 ? DType::f32
+         : bits == 16 ? DType::f16
+                      : DType::unsupported;
 }
 
-// False for what has no strided memory (sparse, meta, wrapper subclasses). Leaves no Python error behind.
+// False for what has no strided memory (sparse, meta, wrapper subclasses). Leaves no Python error
+// behind.
 inline bool view(PyObject* tensor, TensorView* out) {
   Tensor t;
   if (api()->tensor_from_py_object_no_sync(tensor, &t) != 0) {
@@ -188,9 +197,13 @@ inline Table load() {
   loader.find(kIsConj, &t.is_conj);
   t.strided = loader.constant("aoti_torch_layout_strided");
   t.cpu = loader.constant("aoti_torch_device_type_cpu");
-  constexpr const char* kReal[] = {"aoti_torch_dtype_float64", "aoti_torch_dtype_float32", "aoti_torch_dtype_bfloat16",
+  constexpr const char* kReal[] = {"aoti_torch_dtype_float64",
+                                   "aoti_torch_dtype_float32",
+                                   "aoti_torch_dtype_bfloat16",
                                    "aoti_torch_dtype_float16"};
-  constexpr const char* kComplex[] = {"aoti_torch_dtype_complex128", "aoti_torch_dtype_complex64", nullptr,
+  constexpr const char* kComplex[] = {"aoti_torch_dtype_complex128",
+                                      "aoti_torch_dtype_complex64",
+                                      nullptr,
                                       "aoti_torch_dtype_complex32"};
   for (int i = 0; i < 4; ++i) {
     t.dtypes[i] = loader.constant(kReal[i]);
@@ -200,14 +213,16 @@ inline Table load() {
   return t;
 }
 
-// Filled when the module loads, after torch; a plain global, because a function's static costs a check at every use.
+// Filled when the module loads, after torch; a plain global, because a function's static costs a
+// check at every use.
 inline Table loaded = {};
 
 inline const Table& table() { return loaded; }
 
-// Where a torch.Tensor object keeps its at::Tensor, in bytes from its start; 0 while the symbols are not in use.
-// pyoptim.backend finds it out and sets it once the self-test has passed. Reading it anew at every step, rather than
-// holding a reference, keeps torch.utils.swap_tensors and the garbage collector working.
+// Where a torch.Tensor object keeps its at::Tensor, in bytes from its start; 0 while the symbols
+// are not in use. pyoptim.backend finds it out and sets it once the self-test has passed. Reading
+// it anew at every step, rather than holding a reference, keeps torch.utils.swap_tensors and the
+// garbage collector working.
 inline size_t& offset() {
   static size_t bytes = 0;
   return bytes;
@@ -255,18 +270,24 @@ inline bool view_memory(Tensor tensor, TensorView* out) {
 }
 
 // False for what is not in the CPU's strided memory.
-inline bool view(Tensor tensor, TensorView* out) { return is_strided_cpu(tensor) && view_memory(tensor, out); }
+inline bool view(Tensor tensor, TensorView* out) {
+  return is_strided_cpu(tensor) && view_memory(tensor, out);
+}
 
-// TensorImpl and StorageImpl both keep a pointer behind their table of virtual functions and reference counts: to the
-// storage, and to its memory. The self-test checks it. One cache line each, where the C shim touches three: a walk over
-// more parameters than the cache holds takes as long as the lines it touches.
+// TensorImpl and StorageImpl both keep a pointer behind their table of virtual functions and
+// reference counts: to the storage, and to its memory. The self-test checks it. One cache line
+// each, where the C shim touches three: a walk over more parameters than the cache holds takes as
+// long as the lines it touches.
 constexpr size_t kPointer = 16 / sizeof(void*);
 
-inline void* storage_memory(void* const* impl) { return static_cast<void* const*>(impl[kPointer])[kPointer]; }
+inline void* storage_memory(void* const* impl) {
+  return static_cast<void* const*>(impl[kPointer])[kPointer];
+}
 
 // The gradient of a parameter, or null when it has none. Borrowed from the parameter.
 inline Tensor grad_of(Tensor param) {
-  const void* const impl = *static_cast<void* const*>(param);  // at::Tensor is one intrusive pointer
+  const void* const impl =
+      *static_cast<void* const*>(param);  // at::Tensor is one intrusive pointer
   const Tensor grad = const_cast<void*>(table().grad(impl));
   bool defined = false;
   return grad && table().is_defined(grad, &defined) == 0 && defined ? grad : nullptr;
@@ -275,7 +296,8 @@ inline Tensor grad_of(Tensor param) {
 }  // namespace symbols
 
 inline bool view_of(PyObject* tensor, TensorView* out) {
-  return symbols::enabled() ? symbols::view(symbols::tensor_of(tensor), out) : dlpack::view(tensor, out);
+  return symbols::enabled() ? symbols::view(symbols::tensor_of(tensor), out)
+                            : dlpack::view(tensor, out);
 }
 
 // Strides along dimensions of size 1 carry no meaning.
@@ -288,7 +310,8 @@ inline bool same_layout(const TensorView& a, const TensorView& b) {
 }
 
 inline bool is_aligned(const TensorView& t) {
-  return (reinterpret_cast<uintptr_t>(t.data) & static_cast<uintptr_t>(item_size(t.dtype) - 1)) == 0;
+  return (reinterpret_cast<uintptr_t>(t.data) & static_cast<uintptr_t>(item_size(t.dtype) - 1)) ==
+         0;
 }
 
 // No gaps and no overlaps: the elements fill one block of memory in some order of the dimensions.

@@ -1,5 +1,6 @@
 // Adagrad: the gradient over the root of the sum of its squares.
-// Source: Duchi et al., JMLR 12 (2011), Figure 1, diagonal form, as torch.optim.Adagrad defines it. Departure: none.
+// Source: Duchi et al., JMLR 12 (2011), Figure 1, diagonal form, as torch.optim.Adagrad defines it.
+// Departure: none.
 #pragma once
 
 #include <cmath>
@@ -13,7 +14,8 @@ template <class T>
 struct Adagrad {
   static constexpr const char* kName = "adagrad";
   enum { kLr, kLrDecay, kWeightDecay, kEps, kMaximize, kHypers };
-  static constexpr const char* kHyperNames[kHypers] = {"lr", "lr_decay", "weight_decay", "eps", "maximize"};
+  static constexpr const char* kHyperNames[kHypers] = {
+      "lr", "lr_decay", "weight_decay", "eps", "maximize"};
   static constexpr bool kCountsSteps = true;
   static constexpr int kVariants = 1;
   static constexpr int kStates[kVariants] = {1};

@@ -1,7 +1,8 @@
 // Adam and AdamW: exponential averages of the gradient and of its square.
-// Source: Kingma and Ba, arXiv:1412.6980, Algorithm 1; amsgrad: Reddi et al., ICLR 2018, Algorithm 2, over the
-// uncorrected average as torch does; decoupled decay: Loshchilov and Hutter, arXiv:1711.05101, Algorithm 2.
-// Departure: the correction of the second average multiplies by 1/sqrt(1 - beta2^t), rounded once, where torch divides.
+// Source: Kingma and Ba, arXiv:1412.6980, Algorithm 1; amsgrad: Reddi et al., ICLR 2018, Algorithm
+// 2, over the uncorrected average as torch does; decoupled decay: Loshchilov and Hutter,
+// arXiv:1711.05101, Algorithm 2. Departure: the correction of the second average multiplies by
+// 1/sqrt(1 - beta2^t), rounded once, where torch divides.
 #pragma once
 
 #include <cmath>
@@ -15,8 +16,14 @@ template <class T>
 struct Adam {
   static constexpr const char* kName = "adam";
   enum { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kDecoupled, kAmsgrad, kMaximize, kHypers };
-  static constexpr const char* kHyperNames[kHypers] = {
-      "lr", "betas.0", "betas.1", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad", "maximize"};
+  static constexpr const char* kHyperNames[kHypers] = {"lr",
+                                                       "betas.0",
+                                                       "betas.1",
+                                                       "eps",
+                                                       "weight_decay",
+                                                       "decoupled_weight_decay",
+                                                       "amsgrad",
+                                                       "maximize"};
   static constexpr bool kCountsSteps = true;
   static constexpr int kVariants = 2;  // 0: plain, 1: amsgrad
   static constexpr int kStates[kVariants] = {2, 3};
@@ -26,7 +33,8 @@ struct Adam {
   static int variant(const double* raw) { return raw[kAmsgrad] != 0; }
 
   struct Hyper {
-    T sign, weight_decay, decay, one_minus_beta1, beta2, one_minus_beta2, correction2, eps, step_size;
+    T sign, weight_decay, decay, one_minus_beta1, beta2, one_minus_beta2, correction2, eps,
+        step_size;
   };
 
   static Hyper prepare(const double* raw, double step, bool) {
@@ -45,7 +53,8 @@ struct Adam {
   }
 
   template <int V, class X>
-  PYOPTIM_HD static void update(const Hyper& h, X& p, X g, X& exp_avg, X& exp_avg_sq, X& max_exp_avg_sq) {
+  PYOPTIM_HD static void update(
+      const Hyper& h, X& p, X g, X& exp_avg, X& exp_avg_sq, X& max_exp_avg_sq) {
     g = h.sign * g;
     const X w = p * h.decay;
     g = h.weight_decay != 0 ? g + h.weight_decay * w : g;

@@ -1,6 +1,7 @@
 // RMSprop: the gradient over the root of an exponential average of its square.
-// Source: Tieleman and Hinton, lecture 6.5, 2012; centered: Graves, arXiv:1308.0850, as torch.optim.RMSprop defines
-// both (eps outside the root, no bias correction, the centered variance is not clamped). Departure: none.
+// Source: Tieleman and Hinton, lecture 6.5, 2012; centered: Graves, arXiv:1308.0850, as
+// torch.optim.RMSprop defines both (eps outside the root, no bias correction, the centered variance
+// is not clamped). Departure: none.
 #pragma once
 
 #include <cmath>
