@@ -234,6 +234,12 @@ PYBIND11_MODULE(_C, m) {
     if (!cpu::set_isa(name))
       throw py::value_error("this processor or build has no instruction set '" + name + "'");
   });
+  m.def(
+      "count_wrong_roots",
+      [](uint32_t first, uint32_t last) {
+        return cpu::active_kernels().count_wrong_roots(first, last);
+      },
+      "float32 bit patterns in [first, last] whose vector square root is not correctly rounded");
   m.def("num_threads", &cpu::num_threads);
   m.def("stream",
         &stream,

@@ -23,6 +23,8 @@ struct KernelTable {
                  int n_read_write,
                  int64_t begin,
                  int64_t end);
+  // Over the float32 bit patterns [first, last]: how many vector roots differ from the scalar one.
+  int64_t (*count_wrong_roots)(uint32_t first, uint32_t last);
 };
 
 // Instruction sets that were built, worst first; those that this processor can run; the one in use.

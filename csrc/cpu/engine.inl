@@ -171,6 +171,23 @@ void stream_segment(int itemsize,
   loop(read_only, n_read_only, read_write, n_read_write, begin, end);
 }
 
+int64_t count_wrong_roots(uint32_t first, uint32_t last) {
+  constexpr int64_t kLanes = kVectorBytes / sizeof(float);
+  int64_t wrong = 0;
+  for (int64_t bits = first; bits <= last; bits += kLanes) {
+    WordV words;
+    for (int64_t k = 0; k < kLanes; ++k) words[k] = static_cast<uint32_t>(bits + k);
+    const FloatV x = bit_cast<FloatV>(words);
+    const FloatV roots = Math<FloatV>::sqrt(x);
+    for (int64_t k = 0; k < kLanes && bits + k <= last; ++k) {
+      const float root = std::sqrt(static_cast<float>(x[k])), found = roots[k];
+      wrong +=
+          bit_cast<uint32_t>(root) != bit_cast<uint32_t>(found) && (root == root || found == found);
+    }
+  }
+  return wrong;
+}
+
 template <template <class> class Rule, int V>
 void fill_variant(UpdateKernel* by_dtype_set) {
   if constexpr (V < Rule<float>::kVariants) {
@@ -200,6 +217,7 @@ KernelTable make_table(const char* isa) {
   table.unscale[static_cast<int>(DType::bf16)] = unscale_segment<Bf16>;
   table.unscale[static_cast<int>(DType::f16)] = unscale_segment<F16>;
   table.stream = stream_segment;
+  table.count_wrong_roots = count_wrong_roots;
   return table;
 }
 
