@@ -27,14 +27,11 @@ PYOPTIM_HD void update_one(
 // short for this much arithmetic between the loads, 1024 raised a 20 M element AdamW step from 84 %
 // to 96 % of the same-mix loop (512: 92 %, 2048: 86 %); a Zen 4 prototype found 512 neutral and
 // more than 1024 harmful.
-inline int64_t prefetch_bytes() {
 #if defined(__x86_64__)
-  static const int64_t bytes = __builtin_cpu_is("intel") ? 1024 : 512;
-  return bytes;
+const int64_t kPrefetchBytes = (__builtin_cpu_init(), __builtin_cpu_is("intel")) ? 1024 : 512;
 #else
-  return 512;
+const int64_t kPrefetchBytes = 512;
 #endif
-}
 
 // The arrays of a row, for reading and writing or as addresses to prefetch.
 template <class P, class S>
@@ -85,7 +82,7 @@ void update_segment(
   constexpr int kStates = Rule::kStates[V];
   const typename Rule::Hyper h = *static_cast<const typename Rule::Hyper*>(hyper);
   const Arrays<P, S> arrays(row);
-  const int64_t ahead = prefetch_bytes() / static_cast<int64_t>(sizeof(P));
+  const int64_t ahead = kPrefetchBytes / static_cast<int64_t>(sizeof(P));
   int64_t i = begin;
   for (; i + kLanes + ahead <= end; i += kLanes) {
     arrays.template prefetch<kStates>(i + ahead);

@@ -106,39 +106,35 @@ class HyperCache {
   void start(std::vector<std::vector<double>> raw) {
     raw_ = std::move(raw);
     blocks_.clear();
-    keys_.clear();
-    latest_.assign(raw_.size() * 2, -1);
+    latest_.assign(raw_.size() * 2, Latest());
   }
 
   const std::vector<double>& raw(int group) const { return raw_[group]; }
   const std::vector<HyperBlock>& blocks() const { return blocks_; }
 
+  // Rows of one group share a block as long as they share the step count, as nearly all do.
   int32_t index(int group, double step, bool first, bool is_double) {
-    const Key key = {group, step, first, is_double};
-    int32_t& latest = latest_[group * 2 + is_double];
-    if (latest >= 0 && keys_[latest] == key) return latest;
-    keys_.push_back(key);
-    blocks_.emplace_back();
-    (is_double ? rule_.prepare64 : rule_.prepare32)(
-        raw_[group].data(), step, first, blocks_.back().bytes);
-    return latest = static_cast<int32_t>(blocks_.size()) - 1;
+    Latest& latest = latest_[group * 2 + is_double];
+    if (latest.step != step || latest.first != first) {
+      blocks_.emplace_back();
+      const PrepareHyper prepare = is_double ? rule_.prepare64 : rule_.prepare32;
+      prepare(raw_[group].data(), step, first, blocks_.back().bytes);
+      latest = {step, first, static_cast<int32_t>(blocks_.size()) - 1};
+    }
+    return latest.index;
   }
 
  private:
-  struct Key {
-    int group;
-    double step;
-    bool first, is_double;
-    bool operator==(const Key& o) const {
-      return group == o.group && step == o.step && first == o.first && is_double == o.is_double;
-    }
+  struct Latest {
+    double step = -1;  // no step has this number: they start at 1
+    bool first = false;
+    int32_t index = -1;
   };
 
   const Rule& rule_;
   std::vector<std::vector<double>> raw_;
-  std::vector<Key> keys_;
   std::vector<HyperBlock> blocks_;
-  std::vector<int32_t> latest_;  // [group][is_double]
+  std::vector<Latest> latest_;  // [group][is_double]
 };
 
 // A step counter as users see it: a 0-dim tensor, float32 as torch's, float64 once float32 can no
@@ -548,6 +544,7 @@ class Plan {
     TensorView view;
     if (!symbols::view(grad, &view) || symbols::table().is_neg(grad)) return false;
     if (view.is_complex && symbols::table().is_conj(grad)) return false;
+    if (!symbols::holds_all(grad, view)) return false;
     live_grads_.push_back(grad);
     return add(row, view);
   }

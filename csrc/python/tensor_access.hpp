@@ -134,6 +134,7 @@ struct Table {
   int (*get_sizes)(Tensor, int64_t**);
   int (*get_strides)(Tensor, int64_t**);
   int (*get_dim)(Tensor, int64_t*);
+  int (*get_storage_size)(Tensor, int64_t*);  // in bytes
   int (*get_dtype)(Tensor, int32_t*);
   int (*get_layout)(Tensor, int32_t*);
   int (*get_device_type)(Tensor, int32_t*);
@@ -185,6 +186,7 @@ inline Table load() {
   loader.find("aoti_torch_get_sizes", &t.get_sizes);
   loader.find("aoti_torch_get_strides", &t.get_strides);
   loader.find("aoti_torch_get_dim", &t.get_dim);
+  loader.find("aoti_torch_get_storage_size", &t.get_storage_size);
   loader.find("aoti_torch_get_dtype", &t.get_dtype);
   loader.find("aoti_torch_get_layout", &t.get_layout);
   loader.find("aoti_torch_get_device_type", &t.get_device_type);
@@ -282,6 +284,16 @@ constexpr size_t kPointer = 16 / sizeof(void*);
 
 inline void* storage_memory(void* const* impl) {
   return static_cast<void* const*>(impl[kPointer])[kPointer];
+}
+
+// Whether the storage still reaches to the end of a dense tensor; someone may have shrunk it.
+inline bool holds_all(Tensor tensor, const TensorView& view) {
+  int64_t size = 0;
+  if (table().get_storage_size(tensor, &size) != 0) return false;
+  const char* const start =
+      static_cast<const char*>(storage_memory(*static_cast<void* const* const*>(tensor)));
+  const int64_t width = item_size(view.dtype) * (view.is_complex ? 2 : 1);
+  return static_cast<const char*>(view.data) - start + view.numel * width <= size;
 }
 
 // The gradient of a parameter, or null when it has none. Borrowed from the parameter.
