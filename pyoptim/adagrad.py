@@ -30,8 +30,8 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         foreach, fused: accepted for compatibility; pyoptim has one implementation per backend.
         maximize: ascend.
         differentiable: run the reference under autograd.
-        state_dtype: torch.float32 keeps the state of half-precision parameters in float32; None follows torch (the
-            parameter's dtype).
+        state_dtype: torch.float32 keeps the state of half-precision parameters in float32; None
+            follows torch (the parameter's dtype).
         backend: "auto", "cpu", "cuda", "triton" or "reference"; None follows `pyoptim.use_backend`.
 
     State per param, from construction on: step (0-dim), sum, shape of the parameter.
@@ -80,7 +80,11 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
 
     def _new_state(self, name: str, param: Tensor) -> Tensor:
         value = self.defaults["initial_accumulator_value"]
-        return super()._new_state(name, param).fill_(complex(value, value) if param.is_complex() else value)
+        return (
+            super()
+            ._new_state(name, param)
+            .fill_(complex(value, value) if param.is_complex() else value)
+        )
 
     @staticmethod
     def reference(
@@ -96,7 +100,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         lr = group["lr"] / (1 + (step - 1) * group["lr_decay"])
         return param - lr * (g / (sqrt(s) + group["eps"])), {"sum": s}
 
-    def _check_sparse(self, group: Mapping[str, Any], grad: Tensor) -> None:
+    def _check_sparse(self, row: Row, group: Mapping[str, Any]) -> None:
         if group["weight_decay"] != 0:
             raise RuntimeError("weight_decay option is not compatible with sparse gradients")
 

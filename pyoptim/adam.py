@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from pyoptim.arithmetic import decayed, signed, sqrt
 from pyoptim.optimizer import FusedOptimizer
+from pyoptim.plan import Row
 
 
 class Adam(FusedOptimizer, torch.optim.Adam):
@@ -31,14 +32,15 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         capturable: needs parameters on an accelerator.
         differentiable: run the reference under autograd.
         decoupled_weight_decay: p = (1 - lr*weight_decay)*p instead of the L2 penalty (AdamW).
-        state_dtype: torch.float32 keeps the state of half-precision parameters in float32; None follows torch (the
-            parameter's dtype).
+        state_dtype: torch.float32 keeps the state of half-precision parameters in float32; None
+            follows torch (the parameter's dtype).
         backend: "auto", "cpu", "cuda", "triton" or "reference"; None follows `pyoptim.use_backend`.
 
-    State per param: step (0-dim), exp_avg, exp_avg_sq, with amsgrad max_exp_avg_sq, shape of the parameter.
+    State per param: step (0-dim), exp_avg, exp_avg_sq, with amsgrad max_exp_avg_sq, shape of the
+    parameter.
     Raises: ValueError for an option out of range; BackendError if `backend` cannot run here.
-    Source: Kingma and Ba, arXiv:1412.6980, Algorithm 1; amsgrad: Reddi et al., ICLR 2018. Differs: as torch, amsgrad
-    takes the maximum of the uncorrected v.
+    Source: Kingma and Ba, arXiv:1412.6980, Algorithm 1; amsgrad: Reddi et al., ICLR 2018. Differs:
+    as torch, amsgrad takes the maximum of the uncorrected v.
     """
 
     rule = "adam"
@@ -103,8 +105,10 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         denom = sqrt(v) * (1 / (1 - beta2**step) ** 0.5) + group["eps"]
         return w - lr / (1 - beta1**step) * (m / denom), new_state
 
-    def _check_sparse(self, group: Mapping[str, Any], grad: Tensor) -> None:
-        raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
+    def _check_sparse(self, row: Row, group: Mapping[str, Any]) -> None:
+        raise RuntimeError(
+            "Adam does not support sparse gradients, please consider SparseAdam instead"
+        )
 
 
 class AdamW(Adam, torch.optim.AdamW):
@@ -117,7 +121,8 @@ class AdamW(Adam, torch.optim.AdamW):
 
     State per param: as `pyoptim.Adam`.
     Raises: as `pyoptim.Adam`.
-    Source: Loshchilov and Hutter, arXiv:1711.05101, Algorithm 2. Differs: as torch, there is no schedule multiplier.
+    Source: Loshchilov and Hutter, arXiv:1711.05101, Algorithm 2. Differs: as torch, there is no
+    schedule multiplier.
     """
 
     def __init__(
@@ -153,8 +158,3 @@ class AdamW(Adam, torch.optim.AdamW):
             state_dtype=state_dtype,
             backend=backend,
         )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:  # checkpoints older than the option
-            group["decoupled_weight_decay"] = True

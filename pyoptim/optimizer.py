@@ -22,7 +22,8 @@ Reference = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 class FusedOptimizer(Optimizer):
     """Base of pyoptim's optimizers: one rule, run by the engine that fits.
 
-    A subclass names its rule, lists its state, and gives the plain-PyTorch `reference` of one tensor's update.
+    A subclass names its rule, lists its state, and gives the plain-PyTorch `reference` of one
+    tensor's update.
     """
 
     rule: ClassVar[str]
@@ -37,17 +38,18 @@ class FusedOptimizer(Optimizer):
     _plan: Any = None
     _plan_epoch: int = -1
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _configure(self, state_dtype: torch.dtype | None, backend_name: str | None) -> None:
         if state_dtype not in (None, torch.float32):
             raise ValueError(f"state_dtype must be None or torch.float32, got {state_dtype!r}")
         self.state_dtype = state_dtype
         self.backend = None if backend_name is None else backend.check_choice(backend_name)
 
-    # -- what a subclass says ------------------------------------------------------------------------------------------
+    # -- what a subclass says ----------------------------------------------------------------------
 
     @staticmethod
     def state_names(group: Mapping[str, Any]) -> tuple[str, ...]:
-        """Returns the keys of the state tensors that the options of `group` need, in the rule's order."""
+        """Returns the keys of the state that the options of `group` need, in the rule's order."""
         raise NotImplementedError
 
     @staticmethod
@@ -62,7 +64,8 @@ class FusedOptimizer(Optimizer):
         """Returns (new param, new state) of one update in plain PyTorch; changes nothing.
 
         Args:
-            param, grad: real tensors of one shape; the arithmetic runs in their dtype (use float64 for the truth).
+            param, grad: real tensors of one shape; the arithmetic runs in their dtype (use float64
+                for the truth).
             state: the tensors that `state_names(group)` lists, shape of param.
             group: hyper-parameters under torch's names, as in `param_groups`.
             step: number of this step, from 1.
@@ -71,38 +74,55 @@ class FusedOptimizer(Optimizer):
         raise NotImplementedError
 
     def _new_state(self, name: str, param: Tensor) -> Tensor:
-        return torch.zeros_like(param, dtype=self._dtype_of_state(param), memory_format=torch.preserve_format)
+        return torch.zeros_like(
+            param, dtype=self._dtype_of_state(param), memory_format=torch.preserve_format
+        )
 
-    def _check_sparse(self, group: Mapping[str, Any], grad: Tensor) -> None:
+    def _check_sparse(self, row: Row, group: Mapping[str, Any]) -> None:
         raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
 
     def _sparse_step(self, row: Row, group: Mapping[str, Any]) -> None:
         raise NotImplementedError
 
-    # -- stepping ------------------------------------------------------------------------------------------------------
+    # -- stepping ----------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient.
 
         Args:
-            closure: re-evaluates the model and returns the loss; called once, with gradients enabled.
+            closure: re-evaluates the model and returns the loss; called once, with grad enabled.
 
         Returns:
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: a gradient, a parameter or a state tensor cannot be used; nothing has been changed.
-            BackendError: `backend=` names a backend that cannot run this; nothing has been changed.
+            RuntimeError: a gradient, a parameter or a state tensor cannot be used; nothing has been
+                changed.
+            BackendError: `backend=` names one that cannot run this; nothing has been changed.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return self._uncompiled_step(closure)
         if self._is_observed():
-            return self._observed_step(closure)
+            return self._observed_step() if closure is None else self._observed_step(closure)
         return self._unobserved_step(closure)
 
-    # torch would wrap step() in hook and profiler handling that costs 7 to 9 us; it is paid only when either is in use.
+    # torch would wrap step() in hook and profiler handling that costs 7 to 9 us; it is paid only
+    # when either is in use.
     step.hooked = True  # type: ignore[attr-defined]
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _uncompiled_step(self, closure: Callable[[], Any] | None) -> Any:
+        """Called in the place of step() by code that torch.compile compiles; breaks its graph."""
+        # torch 2.13's compiler writes capturable=True into every group that the code looks at.
+        if not self.defaults.get("capturable"):
+            for group in self.param_groups:
+                group.pop("capturable", None)
+                if "capturable" in self.defaults:
+                    group["capturable"] = False
+        return self.step(closure)
+
     def _is_observed(self) -> bool:
-        return bool(
+        is_observed = (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or torch_optimizer._global_optimizer_pre_hooks
@@ -110,6 +130,8 @@ class FusedOptimizer(Optimizer):
             or profiler._is_profiler_enabled
             or torch._C._autograd._profiler_enabled()
         )
+        # A subclass's own step(), which then calls this one, has been wrapped by torch.
+        return bool(is_observed) and type(self).step is FusedOptimizer.step
 
     def _unobserved_step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -124,9 +146,9 @@ class FusedOptimizer(Optimizer):
     _observed_step = Optimizer.profile_hook_step(_unobserved_step)
 
     def _update(self, inv_scale: float) -> None:
-        if self._plan is not None and self._plan_epoch == backend.current_epoch():
-            if self._plan.step(self.param_groups, self.state, inv_scale):
-                return
+        plan = self._plan if self._plan_epoch == backend.current_epoch() else None
+        if plan is not None and plan.step(self.param_groups, self.state, inv_scale):
+            return
         self._plan_epoch = backend.current_epoch()
         general_step(self, inv_scale)
 
@@ -156,39 +178,38 @@ class FusedOptimizer(Optimizer):
         names = self.state_names(group)
         param, grad, *states = (_as_real(t) for t in (row.param, row.grad, *row.states))
         compute = torch.float32 if param.dtype in HALF_DTYPES else param.dtype
-        # Copies, because autograd may need the old values after they have been overwritten (differentiable=True).
-        old = {name: state.to(compute, copy=True) for name, state in zip(names, states, strict=True)}
+        # Copies, because autograd may need the old values after they have been overwritten
+        # (differentiable=True).
+        old = {n: state.to(compute, copy=True) for n, state in zip(names, states, strict=True)}
         new_param, new_states = self.reference(
             param.to(compute, copy=True), grad.to(compute), old, group, step, row.first
         )
-        for name, state in zip(names, states, strict=True):
-            state.copy_(new_states[name])
-        param.copy_(new_param)
+        for name, state in zip(names, row.states, strict=True):
+            _assign(state, new_states[name])
+        _assign(row.param, new_param)
 
-    # -- state ---------------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------
 
     def _dtype_of_state(self, param: Tensor) -> torch.dtype:
         return self.state_dtype if self.state_dtype and param.dtype in HALF_DTYPES else param.dtype
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        self._plan = None
-        super().add_param_group(param_group)
-
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state_dict of this optimizer or of any torch implementation of it.
+        """Loads a state_dict of this optimizer or of any torch implementation of it, or nothing.
 
-        As torch.optim, with three differences: the implementation flags stay those of this optimizer, `state_dtype`
-        holds for the loaded state, and step counters keep their exact value.
+        As torch.optim, with three differences: the implementation flags stay those of this
+        optimizer, `state_dtype` holds for the loaded state, and step counters keep their exact
+        value. When anything raises, the optimizer is as before.
         """
-        flags = [{k: g[k] for k in IMPLEMENTATION_FLAGS if k in g} for g in self.param_groups]
+        former = self.state, self.param_groups
         loaded: dict[str, Any] = {}
 
         def keep_source(_: Optimizer, source: dict[str, Any]) -> None:
             loaded.update(source)
 
         def restore(_: Optimizer) -> None:
-            for group, kept in zip(self.param_groups, flags, strict=True):
-                group.update(kept)
+            for group, own in zip(self.param_groups, former[1], strict=True):
+                _restore_flags(group, own)
             for entry, param, source in self._entries_with_source(loaded):
                 self._restore_precision(entry, param, source)
 
@@ -198,32 +219,54 @@ class FusedOptimizer(Optimizer):
         )
         try:
             super().load_state_dict(state_dict)
+        except BaseException:
+            self.state, self.param_groups = former
+            raise
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _entries_with_source(self, loaded: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Tensor, Any]]:
+    def _entries_with_source(
+        self, loaded: Mapping[str, Any]
+    ) -> Iterator[tuple[dict[str, Any], Tensor, Any]]:
         saved = (i for group in loaded["param_groups"] for i in group["params"])
         params = (p for group in self.param_groups for p in group["params"])
         for index, param in zip(saved, params, strict=True):
             if index in loaded["state"]:
                 yield self.state[param], param, loaded["state"][index]
 
-    def _restore_precision(self, entry: dict[str, Any], param: Tensor, source: Mapping[str, Any]) -> None:
+    def _restore_precision(
+        self, entry: dict[str, Any], param: Tensor, source: Mapping[str, Any]
+    ) -> None:
         if "step" in source:
             entry["step"] = new_counter(float(source["step"]))
         dtype = self._dtype_of_state(param)
+        if dtype == param.dtype:
+            return
         for name, value in source.items():
-            if name != "step" and isinstance(value, Tensor) and value.is_floating_point() and dtype != param.dtype:
+            if name != "step" and isinstance(value, Tensor) and value.is_floating_point():
                 entry[name] = value.to(dtype=dtype, device=param.device)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "state_dtype": self.state_dtype, "backend": self.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._plan = None
+        self._plan = None  # it holds the former state
         super().__setstate__(state)
 
 
 def _as_real(tensor: Tensor) -> Tensor:
+    """The values as a real tensor; a view of `tensor` unless it is lazily conjugated or negated."""
+    tensor = tensor.resolve_conj().resolve_neg()
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _assign(target: Tensor, real: Tensor) -> None:
+    target.copy_(torch.view_as_complex(real.contiguous()) if target.is_complex() else real)
+
+
+def _restore_flags(group: dict[str, Any], own: Mapping[str, Any]) -> None:
+    for name in IMPLEMENTATION_FLAGS:
+        group.pop(name, None)
+        if name in own:
+            group[name] = own[name]

@@ -32,14 +32,15 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         foreach: accepted for compatibility; pyoptim has one implementation per backend.
         maximize: ascend.
         differentiable: run the reference under autograd.
-        state_dtype: torch.float32 keeps the state of half-precision parameters in float32; None follows torch (the
-            parameter's dtype).
+        state_dtype: torch.float32 keeps the state of half-precision parameters in float32; None
+            follows torch (the parameter's dtype).
         backend: "auto", "cpu", "cuda", "triton" or "reference"; None follows `pyoptim.use_backend`.
 
-    State per param: step (0-dim), square_avg, with momentum momentum_buffer, with centered grad_avg, shape of the
-    parameter.
+    State per param: step (0-dim), square_avg, with momentum momentum_buffer, with centered
+    grad_avg, shape of the parameter.
     Raises: ValueError for an option out of range; BackendError if `backend` cannot run here.
-    Source: Tieleman and Hinton, lecture 6.5, 2012; centered: Graves, arXiv:1308.0850; in torch's form. Differs: none.
+    Source: Tieleman and Hinton, lecture 6.5, 2012; centered: Graves, arXiv:1308.0850; in torch's
+    form. Differs: none.
     """
 
     rule = "rmsprop"

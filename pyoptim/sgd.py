@@ -18,7 +18,8 @@ from pyoptim.plan import Row
 class SGD(FusedOptimizer, torch.optim.SGD):
     """Stochastic gradient descent, drop-in for `torch.optim.SGD`.
 
-        g = grad + weight_decay*p;  b = momentum*b + (1 - dampening)*g  (b = g at first);  p = p - lr*b
+        g = grad + weight_decay*p;  b = momentum*b + (1 - dampening)*g, at first b = g
+        p = p - lr*b
 
     Args:
         params: tensors, named tensors or groups; floating-point or complex; any shape and strides.
@@ -30,8 +31,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         maximize: ascend.
         foreach, fused: accepted for compatibility; pyoptim has one implementation per backend.
         differentiable: run the reference under autograd.
-        state_dtype: torch.float32 keeps the buffer of half-precision parameters in float32; None follows torch (the
-            parameter's dtype).
+        state_dtype: torch.float32 keeps the buffer of half-precision parameters in float32; None
+            follows torch (the parameter's dtype).
         backend: "auto", "cpu", "cuda", "triton" or "reference"; None follows `pyoptim.use_backend`.
 
     State per param, with momentum: momentum_buffer, shape of the parameter.
@@ -94,8 +95,15 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         d = g + momentum * b if group["nesterov"] else b
         return param - group["lr"] * d, {"momentum_buffer": b}
 
-    def _check_sparse(self, group: Mapping[str, Any], grad: Tensor) -> None:
-        """torch's SGD takes sparse gradients."""
+    def _check_sparse(self, row: Row, group: Mapping[str, Any]) -> None:
+        # torch's SGD takes sparse gradients, but adds nothing dense to them.
+        buffer = self.state.get(row.key, {}).get("momentum_buffer")
+        is_dense = isinstance(buffer, Tensor) and not buffer.is_sparse
+        if group["weight_decay"] != 0 or (group["nesterov"] and is_dense):
+            raise RuntimeError(
+                "add(sparse, dense) is not supported. Use add(dense, sparse) instead: "
+                f"{row.place} has a sparse gradient, weight_decay or nesterov needs a dense one"
+            )
 
     def _sparse_step(self, row: Row, group: Mapping[str, Any]) -> None:
         buffers = [self.state[row.key].get("momentum_buffer")] if group["momentum"] != 0 else [None]

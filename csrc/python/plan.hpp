@@ -340,9 +340,11 @@ struct Row {
   py::object param;
   DictGuard entry;  // optimizer.state[param]; empty when the rule keeps no state
   int32_t group = 0;
-  int16_t n_held = 0;   // tensors the update writes besides param
-  bool active = false;  // false: no gradient was seen yet, so there is no state
-  bool first = false;   // the momentum buffer is new
+  int16_t n_held = 0;  // tensors the update writes besides param
+  int16_t n_states = 0;
+  int8_t state_width = 0;  // bytes of one element
+  bool active = false;     // false: no gradient was seen yet, so there is no state
+  bool first = false;      // the momentum buffer is new
   void* const* impl[kMaxHeld] = {};
   void* memory[kMaxHeld] = {};
   TensorView layout = {};  // of param; sizes and strides point below
@@ -359,7 +361,7 @@ struct Row {
 
   // False when the tensors cannot run as they are.
   bool bind(const Rule& rule, int variant) {
-    const int n_states = rule.n_states[variant];
+    n_states = static_cast<int16_t>(rule.n_states[variant]);
     TensorView view, states[kMaxStates];
     if (!view_of(param.ptr(), &view)) return false;
     for (int i = 0; i < n_states; ++i) {
@@ -367,6 +369,7 @@ struct Row {
     }
     if (n_held > n_states && !counter.bind(held[n_states].ptr())) return false;
     for (int i = 0; i < n_held; ++i) memory[i] = memory_of(i);
+    if (n_states > 0) state_width = item_size(states[0].dtype);
     remember_layout(view);
     return prepare_row(rule, variant, view, states, &table_row);
   }
@@ -385,6 +388,22 @@ struct Row {
       if (memory_of(i) != memory[i]) return false;
     }
     return counter.can_count();
+  }
+
+  // Whether elements of the gradient would be overwritten before they are read. Where all of it is
+  // all of another tensor, every vector is read before it is written.
+  bool is_written_under(const TensorView& grad) const {
+    const auto* const g = static_cast<const char*>(grad.data);
+    const int64_t width = item_size(layout.dtype), numel = table_row.numel;
+    const auto overlaps = [&](const void* other, int64_t other_width) {
+      const auto* const o = static_cast<const char*>(other);
+      return g != o && g < o + numel * other_width && o < g + numel * width;
+    };
+    if (overlaps(table_row.param, width)) return true;
+    for (int i = 0; i < n_states; ++i) {
+      if (overlaps(table_row.state[i], state_width)) return true;
+    }
+    return false;
   }
 
  private:
@@ -562,6 +581,7 @@ class Plan {
   bool add(Row& row, const TensorView& grad) {
     if (!row.active || !row.is_current()) return false;
     if (grad.dtype != row.layout.dtype || !is_usable(grad, row.layout)) return false;
+    if (row.is_written_under(grad)) return false;
     row.table_row.grad = grad.data;
     row.table_row.hyper =
         hypers_.index(row.group, row.counter.next(), row.first, row.layout.dtype == DType::f64);
