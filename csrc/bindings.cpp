@@ -122,7 +122,8 @@ size_t find_tensor_offset(const py::object& tensor, const py::capsule& capsule) 
 }
 
 // What the symbols say about a tensor, for the self-test: (itself, its gradient or None, neg bit,
-// conj bit, start of its storage).
+// conj bit, start of its
+// storage, where its shape lies).
 py::tuple probe_symbols(const py::object& tensor, size_t offset) {
   const symbols::Tensor handle = reinterpret_cast<char*>(tensor.ptr()) + offset;
   TensorView view;
@@ -134,10 +135,13 @@ py::tuple probe_symbols(const py::object& tensor, size_t offset) {
     const bool grad_readable = symbols::view(g, &grad_view);
     grad = describe(grad_readable, grad_view);
   }
-  const uintptr_t storage = reinterpret_cast<uintptr_t>(
-      static_cast<void**>((*static_cast<void***>(handle))[symbols::kPointer])[symbols::kPointer]);
-  return py::make_tuple(
-      self, grad, symbols::table().is_neg(handle), symbols::table().is_conj(handle), storage);
+  void* const* const impl = *static_cast<void* const* const*>(handle);
+  return py::make_tuple(self,
+                        grad,
+                        symbols::table().is_neg(handle),
+                        symbols::table().is_conj(handle),
+                        reinterpret_cast<uintptr_t>(symbols::storage_memory(impl)),
+                        symbols::find_metadata(handle));
 }
 
 void bump_by_symbol(const py::object& tensor, size_t offset) {
@@ -225,6 +229,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("probe_symbols", &probe_symbols);
   m.def("bump_by_symbol", &bump_by_symbol);
   m.def("use_symbols", [](size_t offset) { symbols::offset() = offset; });
+  m.def("set_metadata", [](size_t bytes) { symbols::metadata() = bytes; });
+  m.def("metadata_hash", [](const py::object& tensor) {
+    return symbols::metadata_hash(
+        *static_cast<void* const* const*>(symbols::tensor_of(tensor.ptr())));
+  });
   m.def("access_path", [] { return symbols::enabled() ? "libtorch symbols" : "dlpack"; });
 
   m.def("built_isas", &cpu::built_isas);

@@ -139,7 +139,7 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
     if not module.find_dlpack_api(Tensor):
         return None, f"torch {torch.__version__} has no DLPack exchange table; pyoptim's kernels need torch >= 2.10"
     if os.environ.get("PYOPTIM_ACCESS", "symbols") != "dlpack":
-        module.use_symbols(_checked_tensor_offset(module))
+        _use_symbols_if_sound(module)
     if isa := os.environ.get("PYOPTIM_ISA"):
         module.set_isa(isa)
     return module, None
@@ -153,19 +153,42 @@ def _why_no_module(error: ImportError) -> str:
     return str(built.get("reason") or error)
 
 
-def _checked_tensor_offset(module: ModuleType) -> int:
-    """Returns where a tensor object keeps its at::Tensor if every symbol answers as torch does, otherwise 0.
+def _use_symbols_if_sound(module: ModuleType) -> None:
+    """Lets `module` read tensors through libtorch's symbols if they answer as torch does.
 
-    Several of the symbols are mangled C++ names, which no torch release promises to keep; 0 means the slower DLPack
-    table, which is stable.
+    Several of them are mangled C++ names, and the plan reads three places of torch's objects
+    itself. No torch release promises to keep either; otherwise the slower DLPack table serves,
+    which is stable.
     """
     if not module.symbols_found():
-        return 0
+        return
     samples = _self_test_samples()
     offset = int(module.find_tensor_offset(samples[0], _tensor_capsule(samples[0])))
-    if offset == 0 or any(module.find_tensor_offset(t, _tensor_capsule(t)) != offset for t in samples):
-        return 0
-    return offset if all(_symbols_agree(module, t, offset) for t in samples) else 0
+    if offset == 0 or any(
+        module.find_tensor_offset(t, _tensor_capsule(t)) != offset for t in samples
+    ):
+        return
+    metadata = int(module.probe_symbols(samples[0], offset)[-1])
+    if metadata == 0 or not all(_symbols_agree(module, t, offset, metadata) for t in samples):
+        return
+    module.set_metadata(metadata)
+    module.use_symbols(offset)
+    if not _metadata_tells_changes(module):
+        module.use_symbols(0)
+
+
+def _metadata_tells_changes(module: ModuleType) -> bool:
+    """Whether the hash of a tensor's metadata stays where it is and moves with every part of it."""
+    memory = torch.zeros(64)
+    tensor = memory[:16].view(4, 4)
+    first = module.metadata_hash(tensor)
+    tensor.add_(1)
+    seen = {module.metadata_hash(tensor)}
+    is_steady = seen == {first}
+    moved, turned, shorter = memory[16:32].view(4, 4), tensor.t(), tensor[:3]
+    others = (moved, turned, shorter, tensor.view(torch.int32))
+    seen.update(module.metadata_hash(other) for other in others)
+    return is_steady and len(seen) == 1 + len(others)
 
 
 def _tensor_capsule(tensor: Tensor) -> Any:
@@ -181,8 +204,8 @@ def _self_test_samples() -> list[Tensor]:
     return [plain, param, lone, conj, conj.imag, plain.half()[:, 1:], torch.ones(())]
 
 
-def _symbols_agree(module: ModuleType, tensor: Tensor, offset: int) -> bool:
-    seen, seen_grad, is_neg, is_conj, storage = module.probe_symbols(tensor, offset)
+def _symbols_agree(module: ModuleType, tensor: Tensor, offset: int, metadata: int) -> bool:
+    seen, seen_grad, is_neg, is_conj, storage, shape_at = module.probe_symbols(tensor, offset)
     version = tensor._version
     module.bump_by_symbol(tensor, offset)
     grad = tensor.grad if tensor.is_leaf else None
@@ -190,7 +213,7 @@ def _symbols_agree(module: ModuleType, tensor: Tensor, offset: int) -> bool:
         seen == _described(tensor)
         and seen_grad == (None if grad is None else _described(grad))
         and (is_neg, is_conj) == (tensor.is_neg(), tensor.is_conj())
-        and storage == tensor.untyped_storage().data_ptr()
+        and (storage, shape_at) == (tensor.untyped_storage().data_ptr(), metadata)
         and tensor._version == version + 1
     )
 

@@ -54,4 +54,4 @@ def process_settings() -> Iterator[None]:
     if NATIVE:
         NATIVE.set_isa(isa)
         if symbols and NATIVE.access_path() != "libtorch symbols":
-            NATIVE.use_symbols(backend._checked_tensor_offset(NATIVE))
+            backend._use_symbols_if_sound(NATIVE)

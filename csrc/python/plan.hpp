@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -306,33 +307,85 @@ class DictGuard {
 };
 
 constexpr int kMaxHeld = kMaxStates + 1;  // state tensors and the step counter
-constexpr int kInlineDims = 5;
 
-// A state tensor or step counter. With the symbols in use the TensorImpl is owned, so that its
-// address stays good.
+// A state tensor or step counter, as the plan was made for it.
+//
+// With the symbols in use its TensorImpl and its storage are owned, so that no other can take their
+// addresses, and a check costs three cache lines. What it compares: the storage, where that lies in
+// memory, the shape and strides. Where the storage has room for more than the tensor, or is seen
+// through DLPack, everything is compared.
 class HeldTensor {
  public:
-  explicit HeldTensor(py::object object) : object_(std::move(object)) {
-    if (!symbols::enabled()) return;
-    if (symbols::table().new_handle(symbols::tensor_of(object_.ptr()), &handle_) != 0)
-      throw std::bad_alloc();
+  HeldTensor(py::object object, bool is_counter)
+      : object_(std::move(object)), is_counter_(is_counter) {
+    TensorView view = {};
+    if (!view_of(object_.ptr(), &view)) return;
+    if (symbols::enabled()) own(view);
+    fingerprint_ = is_roomy_ ? fingerprint() : 0;
   }
   HeldTensor(const HeldTensor&) = delete;
-  HeldTensor(HeldTensor&& other) noexcept
-      : object_(std::move(other.object_)), handle_(std::exchange(other.handle_, nullptr)) {}
-  ~HeldTensor() {
-    if (handle_) (void)symbols::table().delete_handle(handle_);  // frees; cannot fail
-  }
+  HeldTensor(HeldTensor&& other) = default;
 
   PyObject* ptr() const { return object_.ptr(); }
-  void* const* impl() const {
-    return handle_ ? *static_cast<void* const* const*>(handle_) : nullptr;
+
+  // Still where it was, as it was.
+  bool is_current(const TensorView& layout) const {
+    if (impl_) {
+      if (symbols::storage_of(impl_) != storage_ || storage_[symbols::kPointer] != memory_) {
+        return false;
+      }
+      if (!is_counter_ && !same_layout(symbols::inline_layout(impl_), layout)) return false;
+    }
+    return !is_roomy_ || fingerprint() == fingerprint_;
   }
 
  private:
+  struct DeleteHandle {
+    void operator()(void* handle) const { (void)symbols::table().delete_handle(handle); }
+  };
+
+  void own(const TensorView& view) {
+    if (view.ndim > symbols::kInlineDims) return;
+    symbols::Tensor handle = nullptr;
+    if (symbols::table().new_handle(symbols::tensor_of(object_.ptr()), &handle) != 0) {
+      throw std::bad_alloc();
+    }
+    handle_.reset(handle);
+    impl_ = *static_cast<void* const* const*>(handle);
+    storage_owner_ = object_.attr("untyped_storage")();
+    storage_ = symbols::storage_of(impl_);
+    memory_ = storage_[symbols::kPointer];
+    int64_t size = 0;
+    const int64_t width = item_size(view.dtype) * (view.is_complex ? 2 : 1);
+    is_roomy_ = symbols::table().get_storage_size(handle, &size) != 0 || size > view.numel * width;
+  }
+
+  uint64_t fingerprint() const {
+    constexpr uint64_t kMix = 0x9e3779b97f4a7c15u;
+    TensorView view = {};
+    if (!view_of(object_.ptr(), &view)) return 0;
+    uint64_t hash = static_cast<uint64_t>(view.dtype) * 2 + view.is_complex;
+    for (int32_t d = 0; d < view.ndim; ++d) {
+      hash = (hash * kMix + view.sizes[d]) * kMix + view.strides[d];
+    }
+    return hash * kMix + reinterpret_cast<uintptr_t>(view.data);
+  }
+
+  void* const* impl_ = nullptr;
+  void* const* storage_ = nullptr;
+  void* memory_ = nullptr;
+  uint64_t fingerprint_ = 0;
+  bool is_counter_;
+  bool is_roomy_ = true;
   py::object object_;
-  symbols::Tensor handle_ = nullptr;
+  py::object storage_owner_;
+  std::unique_ptr<void, DeleteHandle> handle_;
 };
+
+inline bool is_lazy(const py::object& tensor) {
+  if (symbols::enabled()) return is_lazy(symbols::tensor_of(tensor.ptr()));
+  return py::cast<bool>(tensor.attr("is_neg")()) || py::cast<bool>(tensor.attr("is_conj")());
+}
 
 // One parameter as the plan was made for it. Flat and hot fields first: a step walks thousands and
 // waits for memory.
@@ -340,23 +393,19 @@ struct Row {
   py::object param;
   DictGuard entry;  // optimizer.state[param]; empty when the rule keeps no state
   int32_t group = 0;
-  int16_t n_held = 0;  // tensors the update writes besides param
   int16_t n_states = 0;
   int8_t state_width = 0;  // bytes of one element
   bool active = false;     // false: no gradient was seen yet, so there is no state
   bool first = false;      // the momentum buffer is new
-  void* const* impl[kMaxHeld] = {};
-  void* memory[kMaxHeld] = {};
   TensorView layout = {};  // of param; sizes and strides point below
-  int64_t dims[2 * kInlineDims];
+  int64_t dims[2 * symbols::kInlineDims];
   TableRow table_row = {};  // with the addresses of param and states
   StepCounter counter;
   std::vector<HeldTensor> held;
   std::vector<int64_t> many_dims;
 
-  void hold(py::object tensor) {
-    held.emplace_back(std::move(tensor));
-    impl[n_held++] = held.back().impl();
+  void hold(py::object tensor, bool is_counter) {
+    held.emplace_back(std::move(tensor), is_counter);
   }
 
   // False when the tensors cannot run as they are.
@@ -367,10 +416,9 @@ struct Row {
     for (int i = 0; i < n_states; ++i) {
       if (!view_of(held[i].ptr(), &states[i])) return false;
     }
-    if (n_held > n_states && !counter.bind(held[n_states].ptr())) return false;
-    for (int i = 0; i < n_held; ++i) memory[i] = memory_of(i);
-    if (n_states > 0) state_width = item_size(states[0].dtype);
+    if (rule.counts_steps && !counter.bind(held[n_states].ptr())) return false;
     remember_layout(view);
+    if (n_states > 0) state_width = item_size(states[0].dtype);
     return prepare_row(rule, variant, view, states, &table_row);
   }
 
@@ -380,12 +428,12 @@ struct Row {
     const bool readable = symbols::enabled()
                               ? symbols::view_memory(symbols::tensor_of(param.ptr()), &view)
                               : dlpack::view(param.ptr(), &view);
-    if (!readable || view.data != layout.data || view.dtype != layout.dtype ||
+    if (!readable || is_lazy(param) || view.data != layout.data || view.dtype != layout.dtype ||
         !same_layout(view, layout))
       return false;
     if (view.is_complex != layout.is_complex || (entry && !entry.holds())) return false;
-    for (int i = 0; i < n_held; ++i) {
-      if (memory_of(i) != memory[i]) return false;
+    for (const HeldTensor& tensor : held) {
+      if (!tensor.is_current(layout)) return false;
     }
     return counter.can_count();
   }
@@ -407,15 +455,9 @@ struct Row {
   }
 
  private:
-  void* memory_of(int i) const {
-    if (impl[i]) return symbols::storage_memory(impl[i]);
-    TensorView view;
-    return dlpack::view(held[i].ptr(), &view) ? view.data : nullptr;
-  }
-
   void remember_layout(const TensorView& view) {
     int64_t* to = dims;
-    if (view.ndim > kInlineDims) {
+    if (view.ndim > symbols::kInlineDims) {
       many_dims.resize(2 * view.ndim);
       to = many_dims.data();
     }
@@ -495,12 +537,13 @@ class Plan {
     row.param = fields[1];
     row.held.reserve(kMaxHeld);
     for (const py::handle state : py::tuple(fields[3]))
-      row.hold(py::reinterpret_borrow<py::object>(state));
+      row.hold(py::reinterpret_borrow<py::object>(state), false);
     const py::object entry = fields[2];
     if (!entry.is_none()) {
       row.entry = DictGuard(entry.ptr());
       if (rule_.counts_steps)
-        row.hold(py::reinterpret_borrow<py::object>(PyDict_GetItemString(entry.ptr(), "step")));
+        row.hold(py::reinterpret_borrow<py::object>(PyDict_GetItemString(entry.ptr(), "step")),
+                 true);
     }
     row.first = py::cast<bool>(fields[4]);
     row.active = py::cast<bool>(fields[5]);
@@ -561,8 +604,7 @@ class Plan {
     const symbols::Tensor grad = symbols::grad_of(symbols::tensor_of(row.param.ptr()));
     if (grad == nullptr) return true;
     TensorView view;
-    if (!symbols::view(grad, &view) || symbols::table().is_neg(grad)) return false;
-    if (view.is_complex && symbols::table().is_conj(grad)) return false;
+    if (!symbols::view(grad, &view) || is_lazy(grad)) return false;
     if (!symbols::holds_all(grad, view)) return false;
     live_grads_.push_back(grad);
     return add(row, view);
@@ -572,8 +614,7 @@ class Plan {
     py::object grad = row.param.attr("grad");
     if (grad.is_none()) return true;
     TensorView view;
-    if (!dlpack::view(grad.ptr(), &view) || py::cast<bool>(grad.attr("is_neg")())) return false;
-    if (view.is_complex && py::cast<bool>(grad.attr("is_conj")())) return false;
+    if (!dlpack::view(grad.ptr(), &view) || is_lazy(grad)) return false;
     grads_.hold(std::move(grad));
     return add(row, view);
   }

@@ -282,8 +282,47 @@ inline bool view(Tensor tensor, TensorView* out) {
 // long as the lines it touches.
 constexpr size_t kPointer = 16 / sizeof(void*);
 
-inline void* storage_memory(void* const* impl) {
-  return static_cast<void* const*>(impl[kPointer])[kPointer];
+inline void* const* storage_of(void* const* impl) {
+  return static_cast<void* const*>(impl[kPointer]);
+}
+inline void* storage_memory(void* const* impl) { return storage_of(impl)[kPointer]; }
+
+// Shape, strides, storage offset, number of elements and dtype lie side by side in a TensorImpl of
+// at most kInlineDims dimensions, the shape at metadata(). A hash of them says that none changed.
+constexpr int kInlineDims = 5;
+constexpr int kMetadataWords = 2 * kInlineDims + 4;  // also the number of dimensions, before them
+
+inline size_t& metadata() {
+  static size_t bytes = 0;
+  return bytes;
+}
+
+inline uint64_t metadata_hash(void* const* impl) {
+  const char* const from = reinterpret_cast<const char*>(impl) + metadata() - sizeof(uint64_t);
+  uint64_t words[kMetadataWords], hash = 0;
+  std::memcpy(words, from, sizeof(words));
+  for (int i = 0; i < kMetadataWords; ++i) hash += words[i] * (0x9e3779b97f4a7c15u * (2 * i + 1));
+  return hash;
+}
+
+// Shape and strides as they lie in a TensorImpl of at most kInlineDims dimensions.
+inline TensorView inline_layout(void* const* impl) {
+  const char* const at = reinterpret_cast<const char*>(impl) + metadata();
+  TensorView view = {};
+  view.sizes = reinterpret_cast<const int64_t*>(at);
+  view.strides = view.sizes + kInlineDims;
+  view.ndim = static_cast<int32_t>(view.sizes[-1]);
+  return view;
+}
+
+// Where the shape of a tensor of few dimensions lies in its TensorImpl, or 0 when it is elsewhere.
+inline size_t find_metadata(Tensor tensor) {
+  int64_t *sizes = nullptr, *strides = nullptr;
+  if (table().get_sizes(tensor, &sizes) != 0 || table().get_strides(tensor, &strides) != 0)
+    return 0;
+  const auto impl = *static_cast<const uintptr_t*>(tensor);
+  const uintptr_t at = reinterpret_cast<uintptr_t>(sizes) - impl;
+  return at < 128 && strides == sizes + kInlineDims ? at : 0;
 }
 
 // Whether the storage still reaches to the end of a dense tensor; someone may have shrunk it.
@@ -310,6 +349,11 @@ inline Tensor grad_of(Tensor param) {
 inline bool view_of(PyObject* tensor, TensorView* out) {
   return symbols::enabled() ? symbols::view(symbols::tensor_of(tensor), out)
                             : dlpack::view(tensor, out);
+}
+
+// Whether the memory is not the values: a lazily conjugated or negated tensor.
+inline bool is_lazy(symbols::Tensor tensor) {
+  return symbols::table().is_neg(tensor) || symbols::table().is_conj(tensor);
 }
 
 // Strides along dimensions of size 1 carry no meaning.
