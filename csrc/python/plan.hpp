@@ -4,6 +4,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <utility>
@@ -308,6 +310,41 @@ class DictGuard {
 
 constexpr int kMaxHeld = kMaxStates + 1;  // state tensors and the step counter
 
+// The memory that a plan writes. A gradient that lies over some of it would be read before or after
+// that is written as the threads happen to run; torch's order matters then.
+class WrittenMemory {
+ public:
+  void add(const void* storage, const void* begin, int64_t bytes) {
+    const auto from = reinterpret_cast<uintptr_t>(begin);
+    if (bytes > 0) spans_.push_back({from, from + bytes});
+    mark(storage);
+  }
+
+  void sort() { std::sort(spans_.begin(), spans_.end()); }
+
+  // Tensors over common memory nearly always have a common storage: a small table of storages
+  // spares most gradients the search.
+  bool overlaps(const void* storage, const void* begin, int64_t bytes) const {
+    if (storage && !(marks_[bit(storage) / 64] >> (bit(storage) % 64) & 1u)) return false;
+    const auto from = reinterpret_cast<uintptr_t>(begin);
+    const auto after =
+        std::upper_bound(spans_.begin(), spans_.end(), Span{from + bytes - 1, ~uintptr_t{0}});
+    return bytes > 0 && after != spans_.begin() && std::prev(after)->second > from;
+  }
+
+ private:
+  using Span = std::pair<uintptr_t, uintptr_t>;  // first byte, the one after the last
+
+  static constexpr int kBits = 15;
+  static size_t bit(const void* storage) {
+    return reinterpret_cast<uintptr_t>(storage) * 0x9e3779b97f4a7c15u >> (64 - kBits);
+  }
+  void mark(const void* storage) { marks_[bit(storage) / 64] |= uint64_t{1} << bit(storage) % 64; }
+
+  std::vector<Span> spans_;  // disjoint: no two tensors of a plan share memory
+  std::vector<uint64_t> marks_ = std::vector<uint64_t>((size_t{1} << kBits) / 64);
+};
+
 // A state tensor or step counter, as the plan was made for it.
 //
 // With the symbols in use its TensorImpl and its storage are owned, so that no other can take their
@@ -375,12 +412,18 @@ class HeldTensor {
   void* const* storage_ = nullptr;
   void* memory_ = nullptr;
   uint64_t fingerprint_ = 0;
+  py::object object_;
   bool is_counter_;
   bool is_roomy_ = true;
-  py::object object_;
   py::object storage_owner_;
   std::unique_ptr<void, DeleteHandle> handle_;
 };
+
+// Null when unknown.
+inline const void* storage_of(PyObject* tensor) {
+  if (!symbols::enabled()) return nullptr;
+  return symbols::storage_of(*static_cast<void* const* const*>(symbols::tensor_of(tensor)));
+}
 
 inline bool is_lazy(const py::object& tensor) {
   if (symbols::enabled()) return is_lazy(symbols::tensor_of(tensor.ptr()));
@@ -438,20 +481,13 @@ struct Row {
     return counter.can_count();
   }
 
-  // Whether elements of the gradient would be overwritten before they are read. Where all of it is
-  // all of another tensor, every vector is read before it is written.
-  bool is_written_under(const TensorView& grad) const {
-    const auto* const g = static_cast<const char*>(grad.data);
-    const int64_t width = item_size(layout.dtype), numel = table_row.numel;
-    const auto overlaps = [&](const void* other, int64_t other_width) {
-      const auto* const o = static_cast<const char*>(other);
-      return g != o && g < o + numel * other_width && o < g + numel * width;
-    };
-    if (overlaps(table_row.param, width)) return true;
+  // Adds all that a step of this row writes.
+  void list_memory(WrittenMemory* written) const {
+    const int64_t width = item_size(layout.dtype);
+    written->add(storage_of(param.ptr()), table_row.param, table_row.numel * width);
     for (int i = 0; i < n_states; ++i) {
-      if (overlaps(table_row.state[i], state_width)) return true;
+      written->add(storage_of(held[i].ptr()), table_row.state[i], table_row.numel * state_width);
     }
-    return false;
   }
 
  private:
@@ -497,6 +533,7 @@ class Plan {
     }
     rows_.reserve(rows.size());  // rows point into themselves and must not move
     for (const py::handle row : rows) add_row(py::reinterpret_borrow<py::tuple>(row));
+    written_.sort();
   }
 
   // What the garbage collector needs to see: a hook on a parameter may hold the optimizer that owns
@@ -547,7 +584,9 @@ class Plan {
     }
     row.first = py::cast<bool>(fields[4]);
     row.active = py::cast<bool>(fields[5]);
-    if (row.active && !row.bind(rule_, variants_[row.group])) is_usable_ = false;
+    if (!row.active) return;
+    is_usable_ = row.bind(rule_, variants_[row.group]) && is_usable_;
+    row.list_memory(&written_);
   }
 
   std::vector<std::vector<double>> read_groups(const py::list& param_groups) const {
@@ -607,7 +646,7 @@ class Plan {
     if (!symbols::view(grad, &view) || is_lazy(grad)) return false;
     if (!symbols::holds_all(grad, view)) return false;
     live_grads_.push_back(grad);
-    return add(row, view);
+    return add(row, view, symbols::storage_of(*static_cast<void* const* const*>(grad)));
   }
 
   bool collect_row_by_dlpack(Row& row) {
@@ -616,13 +655,14 @@ class Plan {
     TensorView view;
     if (!dlpack::view(grad.ptr(), &view) || is_lazy(grad)) return false;
     grads_.hold(std::move(grad));
-    return add(row, view);
+    return add(row, view, nullptr);
   }
 
-  bool add(Row& row, const TensorView& grad) {
+  bool add(Row& row, const TensorView& grad, const void* storage) {
     if (!row.active || !row.is_current()) return false;
     if (grad.dtype != row.layout.dtype || !is_usable(grad, row.layout)) return false;
-    if (row.is_written_under(grad)) return false;
+    const int64_t bytes = row.table_row.numel * item_size(grad.dtype);
+    if (written_.overlaps(storage, grad.data, bytes)) return false;
     row.table_row.grad = grad.data;
     row.table_row.hyper =
         hypers_.index(row.group, row.counter.next(), row.first, row.layout.dtype == DType::f64);
@@ -676,6 +716,7 @@ class Plan {
   std::vector<std::vector<bool>> guard_values_;  // [group][guard]
   DictGuard state_;  // optimizer.state, which holds the dicts of the rows' guards
   std::vector<Row> rows_;
+  WrittenMemory written_;
   std::vector<Row*> stepped_;
   std::vector<symbols::Tensor> live_grads_;  // borrowed from the parameters
   const py::object params_key_ =
