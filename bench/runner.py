@@ -89,6 +89,7 @@ def run_case(case: Case, settings: Settings) -> tuple[list[Row], list[Row]]:
             _warm_up(entry)
         variants = [entry.variant for entry in entries] + ([loop] if loop else [])
         for variant in variants:
+            variant.warm_steps = case.workload.warm_steps
             timing.choose_steps_per_sample(variant)
         reps = timing.interleave(variants, settings.reps, settings.seconds)
     context = {"reps": reps, "load_average": [started, machine.load_average()[0]]}

@@ -19,7 +19,7 @@ import torch
 
 MIN_REPS = 3
 # A sample shorter than this is dominated by clock resolution and interrupts: repeat the step.
-SAMPLE_SECONDS = 2e-3
+SAMPLE_SECONDS = 5e-3
 MAX_STEPS_PER_SAMPLE = 500
 
 
@@ -31,12 +31,15 @@ class Variant:
         step: what is timed.
         threads: torch's thread count while it runs.
         before: run before every timed step, untimed (fresh gradients); None leaves them in place.
+        warm_steps: untimed steps before each sample. One is not enough where the arrays fit in the
+            last-level cache: what a large neighbour has evicted comes back over several steps.
     """
 
     name: str
     step: Callable[[], object]
     threads: int = 1
     before: Callable[[], object] | None = None
+    warm_steps: int = 0
     steps_per_sample: int = 1
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -68,6 +71,8 @@ def pairwise(numerator: Sequence[float], denominator: Sequence[float]) -> Summar
 def choose_steps_per_sample(variant: Variant) -> None:
     """Set how many steps make one sample, from one trial step."""
     torch.set_num_threads(variant.threads)
+    for _ in range(variant.warm_steps):
+        variant.step()
     start = time.perf_counter()
     variant.step()
     elapsed = max(time.perf_counter() - start, 1e-7)
@@ -94,8 +99,8 @@ def interleave(variants: Sequence[Variant], reps: int, seconds: float, seed: int
 
 def _take_sample(variant: Variant) -> None:
     torch.set_num_threads(variant.threads)
-    if variant.steps_per_sample > 1:
-        variant.step()  # brings code and data of this variant back into the caches
+    for _ in range(variant.warm_steps):
+        variant.step()
     wall, cpu = _time_fresh(variant) if variant.before else _time_hot(variant)
     variant.wall.append(wall / variant.steps_per_sample)
     variant.cpu.append(cpu / variant.steps_per_sample)

@@ -32,6 +32,11 @@ class Workload:
     def numel(self) -> int:
         return sum(torch.Size(shape).numel() for shape in self.shapes)
 
+    @property
+    def warm_steps(self) -> int:
+        """Untimed steps before a sample: 3 where arrays of a few MB are to be measured hot."""
+        return 3 if self.numel < 4_000_000 else 0
+
 
 def transformer_shapes() -> tuple[Shape, ...]:
     """The 150 tensors of a GPT-like model with tied embeddings: 24.6 M parameters."""

@@ -142,6 +142,7 @@ def test_interleave_runs_before_each_step_and_restores_the_threads():
         lambda: calls.append("step"),
         threads=threads + 1,
         before=lambda: calls.append("before"),
+        warm_steps=1,
         steps_per_sample=2,
     )
     timing.interleave([variant], reps=1, seconds=60.0)
