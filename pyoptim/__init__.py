@@ -7,4 +7,13 @@ from pyoptim.backend import BackendError, use_backend
 from pyoptim.rmsprop import RMSprop
 from pyoptim.sgd import SGD
 
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "BackendError", "RMSprop", "__version__", "use_backend"]
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "BackendError",
+    "RMSprop",
+    "__version__",
+    "use_backend",
+]

@@ -18,7 +18,7 @@ def decayed(grad: Tensor, param: Tensor, weight_decay: Any) -> Tensor:
 
 
 def sqrt(x: Tensor) -> Tensor:
-    """The correctly rounded square root; torch's own is 1 ulp off for about 1 in 150 values on the CPU."""
+    """The correctly rounded square root; torch's is 1 ulp off for 1 in 150 values on the CPU."""
     if x.dtype == torch.float32:
         return x.double().sqrt().float()
     root = x.sqrt()
@@ -26,7 +26,7 @@ def sqrt(x: Tensor) -> Tensor:
 
 
 def _root_error(x: Tensor, root: Tensor) -> Tensor:
-    """What is missing from `root` to the square root of x, from the exact residual x - root*root (Dekker, 1971)."""
+    """What `root` lacks to the square root of x, from the exact residual (Dekker, 1971)."""
     square = root * root
     scaled = 134217729.0 * root  # 2^27 + 1 splits 53 bits into halves whose products are exact
     high = scaled - (scaled - root)

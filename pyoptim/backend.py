@@ -27,7 +27,12 @@ def native() -> ModuleType | None:
 def status() -> dict[str, str | None]:
     """Returns, for every backend, None when it can run here and otherwise the reason why not."""
     no_gpu_engine = "this version of pyoptim has no GPU engine"
-    return {"cuda": no_gpu_engine, "triton": no_gpu_engine, "cpu": _native_missing, "reference": None}
+    return {
+        "cuda": no_gpu_engine,
+        "triton": no_gpu_engine,
+        "cpu": _native_missing,
+        "reference": None,
+    }
 
 
 def check_choice(name: str) -> str:
@@ -45,10 +50,11 @@ def check_choice(name: str) -> str:
     return name
 
 
-class use_backend:  # noqa: N801 - called like a function, as torch.no_grad is
+class use_backend:
     """Chooses the backend of every optimizer that was not given `backend=` itself.
 
-    Takes effect at once, for the whole process; as a context manager it restores the former choice at the end.
+    Takes effect at once, for the whole process; as a context manager it restores the former choice
+    at the end.
 
     Args:
         name: "auto" (the fastest that can run), "cpu", "cuda", "triton" or "reference".
@@ -113,7 +119,7 @@ def select(choice: str, param: Tensor) -> str:
     if device == "cpu" and _native is not None:
         return "cpu"
     if device not in ("cpu", "meta"):
-        _say_once(f"no kernels for device {device!r} in this version; the plain-PyTorch reference runs")
+        _say_once(f"no kernels for device {device!r} yet; the plain-PyTorch reference runs")
     return "reference"
 
 
@@ -137,7 +143,10 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
     except ImportError as error:
         return None, _why_no_module(error)
     if not module.find_dlpack_api(Tensor):
-        return None, f"torch {torch.__version__} has no DLPack exchange table; pyoptim's kernels need torch >= 2.10"
+        return (
+            None,
+            "this torch has no DLPack exchange table; pyoptim's kernels need torch >= 2.10",
+        )
     if os.environ.get("PYOPTIM_ACCESS", "symbols") != "dlpack":
         _use_symbols_if_sound(module)
     if isa := os.environ.get("PYOPTIM_ISA"):
@@ -147,7 +156,9 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
 
 def _why_no_module(error: ImportError) -> str:
     try:
-        built: dict[str, Any] = json.loads(Path(__file__).with_name("_build_info.json").read_text())["cpu"]
+        built: dict[str, Any] = json.loads(
+            Path(__file__).with_name("_build_info.json").read_text()
+        )["cpu"]
     except (OSError, ValueError, KeyError):
         built = {}
     return str(built.get("reason") or error)
