@@ -230,10 +230,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("bump_by_symbol", &bump_by_symbol);
   m.def("use_symbols", [](size_t offset) { symbols::offset() = offset; });
   m.def("set_metadata", [](size_t bytes) { symbols::metadata() = bytes; });
-  m.def("metadata_hash", [](const py::object& tensor) {
-    return symbols::metadata_hash(
-        *static_cast<void* const* const*>(symbols::tensor_of(tensor.ptr())));
-  });
   m.def("access_path", [] { return symbols::enabled() ? "libtorch symbols" : "dlpack"; });
 
   m.def("built_isas", &cpu::built_isas);

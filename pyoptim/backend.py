@@ -184,22 +184,6 @@ def _use_symbols_if_sound(module: ModuleType) -> None:
         return
     module.set_metadata(metadata)
     module.use_symbols(offset)
-    if not _metadata_tells_changes(module):
-        module.use_symbols(0)
-
-
-def _metadata_tells_changes(module: ModuleType) -> bool:
-    """Whether the hash of a tensor's metadata stays where it is and moves with every part of it."""
-    memory = torch.zeros(64)
-    tensor = memory[:16].view(4, 4)
-    first = module.metadata_hash(tensor)
-    tensor.add_(1)
-    seen = {module.metadata_hash(tensor)}
-    is_steady = seen == {first}
-    moved, turned, shorter = memory[16:32].view(4, 4), tensor.t(), tensor[:3]
-    others = (moved, turned, shorter, tensor.view(torch.int32))
-    seen.update(module.metadata_hash(other) for other in others)
-    return is_steady and len(seen) == 1 + len(others)
 
 
 def _tensor_capsule(tensor: Tensor) -> Any:

@@ -287,25 +287,15 @@ inline void* const* storage_of(void* const* impl) {
 }
 inline void* storage_memory(void* const* impl) { return storage_of(impl)[kPointer]; }
 
-// Shape, strides, storage offset, number of elements and dtype lie side by side in a TensorImpl of
-// at most kInlineDims dimensions, the shape at metadata(). A hash of them says that none changed.
+// A TensorImpl of at most kInlineDims dimensions holds its number of dimensions, shape and strides
+// side by side, the shape at metadata(). The self-test checks it.
 constexpr int kInlineDims = 5;
-constexpr int kMetadataWords = 2 * kInlineDims + 4;  // also the number of dimensions, before them
 
 inline size_t& metadata() {
   static size_t bytes = 0;
   return bytes;
 }
 
-inline uint64_t metadata_hash(void* const* impl) {
-  const char* const from = reinterpret_cast<const char*>(impl) + metadata() - sizeof(uint64_t);
-  uint64_t words[kMetadataWords], hash = 0;
-  std::memcpy(words, from, sizeof(words));
-  for (int i = 0; i < kMetadataWords; ++i) hash += words[i] * (0x9e3779b97f4a7c15u * (2 * i + 1));
-  return hash;
-}
-
-// Shape and strides as they lie in a TensorImpl of at most kInlineDims dimensions.
 inline TensorView inline_layout(void* const* impl) {
   const char* const at = reinterpret_cast<const char*>(impl) + metadata();
   TensorView view = {};
@@ -315,14 +305,14 @@ inline TensorView inline_layout(void* const* impl) {
   return view;
 }
 
-// Where the shape of a tensor of few dimensions lies in its TensorImpl, or 0 when it is elsewhere.
+// Where the shape of a tensor of few dimensions lies, or 0 when its TensorImpl looks otherwise.
 inline size_t find_metadata(Tensor tensor) {
-  int64_t *sizes = nullptr, *strides = nullptr;
-  if (table().get_sizes(tensor, &sizes) != 0 || table().get_strides(tensor, &strides) != 0)
-    return 0;
-  const auto impl = *static_cast<const uintptr_t*>(tensor);
-  const uintptr_t at = reinterpret_cast<uintptr_t>(sizes) - impl;
-  return at < 128 && strides == sizes + kInlineDims ? at : 0;
+  const Table& t = table();
+  int64_t *sizes = nullptr, *strides = nullptr, ndim = 0;
+  if (t.get_sizes(tensor, &sizes) != 0 || t.get_strides(tensor, &strides) != 0) return 0;
+  if (t.get_dim(tensor, &ndim) != 0) return 0;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(sizes) - *static_cast<const uintptr_t*>(tensor);
+  return at < 128 && strides == sizes + kInlineDims && sizes[-1] == ndim ? at : 0;
 }
 
 // Whether the storage still reaches to the end of a dense tensor; someone may have shrunk it.
