@@ -82,10 +82,6 @@ py::dict rule_info(const std::string& name) {
   return info;
 }
 
-int variant_of(const std::string& rule, const std::vector<double>& raw) {
-  return find_rule(rule).variant(raw.data());
-}
-
 std::vector<double> read_hypers(const std::string& rule_name, const py::dict& group) {
   const Rule& rule = find_rule(rule_name);
   std::vector<double> raw;
@@ -122,8 +118,7 @@ size_t find_tensor_offset(const py::object& tensor, const py::capsule& capsule) 
 }
 
 // What the symbols say about a tensor, for the self-test: (itself, its gradient or None, neg bit,
-// conj bit, start of its
-// storage, where its shape lies).
+// conj bit, start of its storage, where its shape lies).
 py::tuple probe_symbols(const py::object& tensor, size_t offset) {
   const symbols::Tensor handle = reinterpret_cast<char*>(tensor.ptr()) + offset;
   TensorView view;
@@ -216,7 +211,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("run_rows", &run_rows);
   m.def("rule_info", &rule_info);
   m.def("read_hypers", &read_hypers);
-  m.def("variant", &variant_of);
   m.def("layout_facts", &layout_facts, "(is dense, is aligned) of a strided tensor");
   m.def("same_layout", &same_layout_of);
   m.def("has_memory", &has_memory);

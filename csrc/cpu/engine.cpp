@@ -17,17 +17,29 @@ const KernelTable& kernels_avx512();
 const KernelTable& kernels_avx512_bf16();
 #endif
 
+#if defined(__x86_64__)
+const int64_t kPrefetchBytes = (__builtin_cpu_init(), __builtin_cpu_is("intel")) ? 1024 : 512;
+#else
+const int64_t kPrefetchBytes = 512;
+#endif
+
 namespace {
 
-std::vector<const KernelTable*> built_tables() {
-  std::vector<const KernelTable*> tables = {&kernels_baseline()};
+// The functions that make the tables are themselves compiled for their instruction set, down to how
+// they clear memory: none may be called before can_run has said so.
+struct Isa {
+  const char* name;
+  const KernelTable& (*kernels)();
+};
+
+constexpr Isa kIsas[] = {
+    {"baseline", kernels_baseline},
 #if defined(PYOPTIM_X86)
-  tables.push_back(&kernels_avx2());
-  tables.push_back(&kernels_avx512());
-  tables.push_back(&kernels_avx512_bf16());
+    {"avx2", kernels_avx2},
+    {"avx512", kernels_avx512},
+    {"avx512_bf16", kernels_avx512_bf16},
 #endif
-  return tables;
-}
+};
 
 bool can_run(const std::string& isa) {
   if (isa == "baseline") return true;
@@ -44,23 +56,15 @@ bool can_run(const std::string& isa) {
   return false;
 }
 
-std::vector<const KernelTable*> runnable_tables() {
-  std::vector<const KernelTable*> tables;
-  for (const KernelTable* table : built_tables()) {
-    if (can_run(table->isa)) tables.push_back(table);
-  }
-  return tables;
-}
-
 const KernelTable* find_table(const std::string& name) {
-  for (const KernelTable* table : runnable_tables()) {
-    if (name == table->isa) return table;
+  for (const Isa& isa : kIsas) {
+    if (name == isa.name && can_run(isa.name)) return &isa.kernels();
   }
   return nullptr;
 }
 
 std::atomic<const KernelTable*>& active_table() {
-  static std::atomic<const KernelTable*> table{runnable_tables().back()};
+  static std::atomic<const KernelTable*> table{find_table(supported_isas().back())};
   return table;
 }
 
@@ -159,13 +163,15 @@ struct Step {
 
 std::vector<std::string> built_isas() {
   std::vector<std::string> names;
-  for (const KernelTable* table : built_tables()) names.push_back(table->isa);
+  for (const Isa& isa : kIsas) names.push_back(isa.name);
   return names;
 }
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
-  for (const KernelTable* table : runnable_tables()) names.push_back(table->isa);
+  for (const Isa& isa : kIsas) {
+    if (can_run(isa.name)) names.push_back(isa.name);
+  }
   return names;
 }
 

@@ -23,16 +23,6 @@ PYOPTIM_HD void update_one(
   if constexpr (kStates > 2) store(s2[i], c);
 }
 
-// How far ahead memory is asked for, in bytes. On Sapphire Rapids, whose out-of-order window is too
-// short for this much arithmetic between the loads, 1024 raised a 20 M element AdamW step from 84 %
-// to 96 % of the same-mix loop (512: 92 %, 2048: 86 %); a Zen 4 prototype found 512 neutral and
-// more than 1024 harmful.
-#if defined(__x86_64__)
-const int64_t kPrefetchBytes = (__builtin_cpu_init(), __builtin_cpu_is("intel")) ? 1024 : 512;
-#else
-const int64_t kPrefetchBytes = 512;
-#endif
-
 // The arrays of a row, for reading and writing or as addresses to prefetch.
 template <class P, class S>
 struct Arrays {

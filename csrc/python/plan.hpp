@@ -672,12 +672,13 @@ class Plan {
   }
 
   void launch(double inv_scale) {
+    const bool keeps_gil = table_.total < kKeepGilElements;
+    for (size_t i = 0; !keeps_gil && i < live_grads_.size(); ++i) grads_.hold(live_grads_[i]);
     bump_versions(inv_scale != 1.0);
     running_ = true;
-    if (table_.total < kKeepGilElements) {
+    if (keeps_gil) {
       table_.run(hypers_, inv_scale);
     } else {
-      for (const symbols::Tensor grad : live_grads_) grads_.hold(grad);
       const py::gil_scoped_release unlocked;
       table_.run(hypers_, inv_scale);
     }

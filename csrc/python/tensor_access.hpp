@@ -2,12 +2,11 @@
 // libtorch's headers.
 //
 // Two ways, both resolved at run time:
-//  - dlpack: the C function table torch >= 2.10 publishes as
-//  torch.Tensor.__dlpack_c_exchange_api__, a stable ABI.
+//  - dlpack: the C function table that torch >= 2.10 publishes as
+//    torch.Tensor.__dlpack_c_exchange_api__, a stable ABI.
 //  - symbols: functions of libtorch found by dlsym. Most are torch's stable C shim; four are
-//  mangled C++ names
-//    (kGrad, kBumpVersion, kIsNeg, kIsConj), so this way is used only after pyoptim.backend has
-//    checked every one of them against torch's own answers in this process.
+//    mangled C++ names (kGrad, kBumpVersion, kIsNeg, kIsConj), so this way is used only after
+//    pyoptim.backend has checked them against torch's own answers in this process.
 #pragma once
 
 #include <Python.h>
