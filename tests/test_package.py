@@ -186,6 +186,20 @@ def test_module_links_neither_torch_nor_an_openmp_runtime() -> None:
 
 
 @needs_compiler
+@pytest.mark.skipif(not shutil.which("objdump"), reason="objdump, which lists sections, is missing")
+def test_kernel_files_run_nothing_when_the_module_loads() -> None:
+    """Their code is for one instruction set; the processor is only looked at later."""
+    starts_at_load = {
+        path.name: ".init_array"
+        in subprocess.run(["objdump", "-h", path], capture_output=True, text=True).stdout
+        for path in ROOT.glob("build/ninja-*-release/csrc/cpu/*.o")
+    }
+    assert starts_at_load.pop("engine.cpp.o"), "the check sees no initialiser where there is one"
+    assert {"isa_baseline.cpp.o"} <= starts_at_load.keys()
+    assert not any(starts_at_load.values()), starts_at_load
+
+
+@needs_compiler
 def test_editable_install_runs_the_source_tree(source: Path, environment: Environment) -> None:
     environment.install("--editable", source)
     code = f"{STEP}\nimport pyoptim.kernels, pyoptim.bench\nprint(pyoptim.kernels.__file__)"
