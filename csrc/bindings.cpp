@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "python/gpu.hpp"
 #include "python/plan.hpp"
 
 namespace pyoptim {
@@ -240,6 +241,7 @@ PYBIND11_MODULE(_C, m) {
       },
       "float32 bit patterns in [first, last] whose vector square root is not correctly rounded");
   m.def("num_threads", &cpu::num_threads);
+  m.def("load_cuda", &gpu::load, py::arg("path"), "why the engine cannot be used, or nothing");
   m.def("stream",
         &stream,
         py::arg("read_only"),
