@@ -8,64 +8,10 @@
 
 #include "python/gpu.hpp"
 #include "python/plan.hpp"
+#include "python/reduce.hpp"
 
 namespace pyoptim {
 namespace {
-
-// What run_rows keeps of one row.
-struct GivenRow {
-  TableRow table_row = {};
-  StepCounter counter;
-};
-
-bool read_row(const Rule& rule, const py::tuple& fields, HyperCache& cache, GivenRow* given) {
-  TensorView param, grad, states[kMaxStates];
-  const int group = py::cast<int>(fields[4]);
-  const int variant = rule.variant(cache.raw(group).data());
-  const py::tuple state_tensors = fields[2];
-  if (static_cast<int>(state_tensors.size()) != rule.n_states[variant]) return false;
-  if (!dlpack::view(py::object(fields[0]).ptr(), &param) ||
-      !dlpack::view(py::object(fields[1]).ptr(), &grad)) {
-    return false;
-  }
-  for (size_t i = 0; i < state_tensors.size(); ++i) {
-    if (!dlpack::view(py::object(state_tensors[i]).ptr(), &states[i])) return false;
-  }
-  StepCounter& counter = given->counter;
-  const py::object step = fields[3];
-  if (!step.is_none() && !(counter.bind(step.ptr()) && counter.can_count())) return false;
-  TableRow& row = given->table_row;
-  if (!prepare_row(rule, variant, param, states, &row) || grad.dtype != param.dtype ||
-      !is_usable(grad, param)) {
-    return false;
-  }
-  row.grad = grad.data;
-  row.hyper =
-      cache.index(group, counter.next(), py::cast<bool>(fields[5]), param.dtype == DType::f64);
-  return true;
-}
-
-// One update of tensors given explicitly, all of one memory layout per row and no memory shared
-// between rows. rows: (param, grad, (states...), step or None, group, first); hypers: raw values by
-// group.
-void run_rows(const std::string& rule_name,
-              const std::vector<py::tuple>& rows,
-              const std::vector<std::vector<double>>& hypers,
-              double inv_scale) {
-  const Rule& rule = find_rule(rule_name);
-  HyperCache cache(rule);
-  cache.start(hypers);
-  std::vector<GivenRow> given(rows.size());
-  Table table;
-  for (size_t i = 0; i < rows.size(); ++i) {
-    if (!read_row(rule, rows[i], cache, &given[i])) {
-      throw py::value_error("run_rows: the tensors of a row have no kernel together");
-    }
-    table.add(given[i].table_row, given[i].counter);
-  }
-  const py::gil_scoped_release unlocked;  // the caller's tuples hold the tensors
-  table.run(cache, inv_scale);
-}
 
 py::dict rule_info(const std::string& name) {
   const Rule& rule = find_rule(name);
@@ -83,11 +29,12 @@ py::dict rule_info(const std::string& name) {
   return info;
 }
 
+// NaN where the host would have to wait for a device.
 std::vector<double> read_hypers(const std::string& rule_name, const py::dict& group) {
   const Rule& rule = find_rule(rule_name);
   std::vector<double> raw;
   for (int i = 0; i < rule.n_hypers; ++i)
-    raw.push_back(HyperReader(rule.hyper_names[i]).read(group.ptr()));
+    raw.push_back(HyperReader(rule.hyper_names[i]).read(group.ptr()).number);
   return raw;
 }
 
@@ -152,7 +99,8 @@ py::tuple layout_facts(const py::object& tensor) {
 
 bool has_memory(const py::object& tensor) {
   TensorView view;
-  return dlpack::view(tensor.ptr(), &view) && view.is_cpu && (view.data || view.numel == 0);
+  return dlpack::view(tensor.ptr(), &view) && (view.is_cpu || view.cuda >= 0) &&
+         (view.data || view.numel == 0);
 }
 
 bool same_layout_of(const py::object& a, const py::object& b) {
@@ -204,12 +152,20 @@ PYBIND11_MODULE(_C, m) {
                     const py::list&,
                     const py::dict&,
                     const py::list&,
-                    const py::list&>())
+                    const py::list&,
+                    const py::object&>())
       .def("step",
            &Plan::step,
-           "True when the step was made, False when the general path has to make it");
+           py::arg("param_groups"),
+           py::arg("state"),
+           py::arg("inv_scale") = 1.0,
+           py::arg("clip") = 1.0,
+           py::arg("devices") = py::none(),
+           py::arg("bumps_versions") = true,
+           "True when the step was made, False when the general path has to make it")
+      .def_property_readonly("is_on_gpu", &Plan::is_on_gpu)
+      .def_property_readonly("devices", &Plan::devices);
 
-  m.def("run_rows", &run_rows);
   m.def("rule_info", &rule_info);
   m.def("read_hypers", &read_hypers);
   m.def("layout_facts", &layout_facts, "(is dense, is aligned) of a strided tensor");
@@ -241,7 +197,17 @@ PYBIND11_MODULE(_C, m) {
       },
       "float32 bit patterns in [first, last] whose vector square root is not correctly rounded");
   m.def("num_threads", &cpu::num_threads);
+  reduce_python::bind(m);
   m.def("load_cuda", &gpu::load, py::arg("path"), "why the engine cannot be used, or nothing");
+  m.def("cuda_is_loaded", [] { return gpu::loaded_api() != nullptr; });
+  m.def("is_emulated", [] { return gpu::loaded_api() && gpu::api().is_emulated; });
+  m.def("cuda_launches", [] { return gpu::api().launches(); });
+  m.def(
+      "tune_cuda",
+      [](int64_t chunk, int64_t rows_per_launch) { gpu::api().tune(chunk, rows_per_launch); },
+      py::arg("chunk") = 0,
+      py::arg("rows_per_launch") = 0,
+      "elements per block, tensors per launch; 0: the engine's choice");
   m.def("stream",
         &stream,
         py::arg("read_only"),

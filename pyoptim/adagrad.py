@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from pyoptim.arithmetic import decayed, signed, sqrt
 from pyoptim.optimizer import FusedOptimizer
-from pyoptim.plan import Row
+from pyoptim.rows import Row
 
 
 class Adagrad(FusedOptimizer, torch.optim.Adagrad):
@@ -33,6 +33,8 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         state_dtype: torch.float32 keeps the state of half-precision parameters in float32; None
             follows torch (the parameter's dtype).
         backend: "auto", "cpu", "cuda", "triton" or "reference"; None follows `pyoptim.use_backend`.
+        max_grad_norm: clip the 2-norm of all gradients together to this, inside the update; None
+            does not clip. The gradients are not written.
 
     State per param, from construction on: step (0-dim), sum, shape of the parameter.
     Raises: ValueError for an option out of range; BackendError if `backend` cannot run here.
@@ -56,8 +58,9 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         fused: bool | None = None,
         state_dtype: torch.dtype | None = None,
         backend: str | None = None,
+        max_grad_norm: float | None = None,
     ) -> None:
-        self._configure(state_dtype, backend)
+        self._configure(state_dtype, backend, max_grad_norm)
         torch.optim.Adagrad.__init__(
             self,
             params,

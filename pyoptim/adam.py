@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from pyoptim.arithmetic import decayed, signed, sqrt
 from pyoptim.optimizer import FusedOptimizer
-from pyoptim.plan import Row
+from pyoptim.rows import Row
 
 
 class Adam(FusedOptimizer, torch.optim.Adam):
@@ -35,6 +35,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         state_dtype: torch.float32 keeps the state of half-precision parameters in float32; None
             follows torch (the parameter's dtype).
         backend: "auto", "cpu", "cuda", "triton" or "reference"; None follows `pyoptim.use_backend`.
+        max_grad_norm: clip the 2-norm of all gradients together to this, inside the update; None
+            does not clip. The gradients are not written.
 
     State per param: step (0-dim), exp_avg, exp_avg_sq, with amsgrad max_exp_avg_sq, shape of the
     parameter.
@@ -62,8 +64,9 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         decoupled_weight_decay: bool = False,
         state_dtype: torch.dtype | None = None,
         backend: str | None = None,
+        max_grad_norm: float | None = None,
     ) -> None:
-        self._configure(state_dtype, backend)
+        self._configure(state_dtype, backend, max_grad_norm)
         torch.optim.Adam.__init__(
             self,
             params,
@@ -141,6 +144,7 @@ class AdamW(Adam, torch.optim.AdamW):
         fused: bool | None = None,
         state_dtype: torch.dtype | None = None,
         backend: str | None = None,
+        max_grad_norm: float | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -157,4 +161,5 @@ class AdamW(Adam, torch.optim.AdamW):
             decoupled_weight_decay=True,
             state_dtype=state_dtype,
             backend=backend,
+            max_grad_norm=max_grad_norm,
         )

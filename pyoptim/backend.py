@@ -11,8 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyoptim import kernels
+
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 CHOICES = ("auto", *BACKENDS)
+# In the order in which _C numbers them.
+ENGINES = ("cpu", "cuda", "triton")
+GPU_ENGINES = ("cuda", "triton")
+CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
 
 
 class BackendError(RuntimeError):
@@ -26,13 +32,47 @@ def native() -> ModuleType | None:
 
 def status() -> dict[str, str | None]:
     """Returns, for every backend, None when it can run here and otherwise the reason why not."""
-    no_gpu_engine = "this version of pyoptim has no GPU engine"
     return {
-        "cuda": no_gpu_engine,
-        "triton": no_gpu_engine,
+        "cuda": _why_no_cuda(),
+        "triton": _why_no_triton(),
         "cpu": _native_missing,
         "reference": None,
     }
+
+
+def _why_no_cuda() -> str | None:
+    """Loads the CUDA engine when it is first asked for: a process that forks must not have."""
+    if _native is None:
+        return _native_missing
+    if _native.cuda_is_loaded():
+        return None
+    if not CUDA_LIBRARY.exists():
+        return _why_not_built("cuda", "this installation has no CUDA engine")
+    if not torch.cuda.is_available():
+        return "torch has no CUDA device here"
+    return _native.load_cuda(str(CUDA_LIBRARY)) or None
+
+
+def _why_no_triton() -> str | None:
+    return _native_missing if _native is None else kernels.triton_status()
+
+
+def load_cuda_engine(path: str | Path | None) -> str | None:
+    """Puts the CUDA engine in the library at `path` to use, or none; returns why it cannot be used.
+
+    The emulator's library updates tensors of the CPU.
+    """
+    assert _native is not None
+    reason: str = _native.load_cuda("" if path is None else str(path))
+    _choice.epoch += 1
+    return reason or None
+
+
+def device_type(name: str) -> str:
+    """Returns the type of the devices whose tensors an engine updates."""
+    if name == "cuda":
+        return "cpu" if _native is not None and _native.is_emulated() else "cuda"
+    return kernels.device_type() if name == "triton" else "cpu"
 
 
 def check_choice(name: str) -> str:
@@ -109,17 +149,33 @@ def select(choice: str, param: Tensor) -> str:
         BackendError: `choice` names a backend that cannot update tensors of this device.
     """
     device = param.device.type
-    if choice == "cpu" and device != "cpu":
+    if choice in ENGINES and device != device_type(choice):
+        wanted = {"cpu": "the CPU", "cuda": "a CUDA device"}[device_type(choice)]
         raise BackendError(
-            f"backend='cpu' cannot update a parameter on device {param.device}; "
-            "use backend='auto' or move the parameter to the CPU"
+            f"backend={choice!r} cannot update a parameter on device {param.device}; "
+            f"use backend='auto' or move the parameter to {wanted}"
         )
     if choice != "auto":
         return choice
     if device == "cpu" and _native is not None:
         return "cpu"
+    if device == "cuda":
+        return _select_cuda()
     if device not in ("cpu", "meta"):
-        _say_once(f"no kernels for device {device!r} yet; the plain-PyTorch reference runs")
+        _say_once(f"no kernels for device {device!r}; the plain-PyTorch reference runs")
+    return "reference"
+
+
+def _select_cuda() -> str:
+    reasons = {"cuda": _why_no_cuda()}
+    if reasons["cuda"] is None:
+        return "cuda"
+    reasons["triton"] = _why_no_triton()
+    if reasons["triton"] is None:
+        _say_once(f"the Triton engine runs, not the CUDA one: {reasons['cuda']}")
+        return "triton"
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    _say_once(f"no kernels for device 'cuda'; the plain-PyTorch reference runs ({why})")
     return "reference"
 
 
@@ -141,7 +197,7 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
     try:
         module = importlib.import_module("pyoptim._C")
     except ImportError as error:
-        return None, _why_no_module(error)
+        return None, _why_not_built("cpu", str(error))
     if not module.find_dlpack_api(Tensor):
         return (
             None,
@@ -154,14 +210,15 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
     return module, None
 
 
-def _why_no_module(error: ImportError) -> str:
+def _why_not_built(part: str, otherwise: str) -> str:
+    """What the build recorded about "cpu" or "cuda"."""
     try:
         built: dict[str, Any] = json.loads(
             Path(__file__).with_name("_build_info.json").read_text()
-        )["cpu"]
+        )[part]
     except (OSError, ValueError, KeyError):
         built = {}
-    return str(built.get("reason") or error)
+    return str(built.get("reason") or otherwise)
 
 
 def _use_symbols_if_sound(module: ModuleType) -> None:

@@ -12,7 +12,10 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from pyoptim import backend
-from pyoptim.plan import HALF_DTYPES, Row, general_step, new_counter
+from pyoptim.factors import Factors, step_factors
+from pyoptim.gpu import Memory
+from pyoptim.plan import general_step
+from pyoptim.rows import HALF_DTYPES, Row, new_counter
 
 # Which implementation runs is this process's choice, never a checkpoint's.
 IMPLEMENTATION_FLAGS = ("foreach", "fused", "capturable", "differentiable")
@@ -33,16 +36,26 @@ class FusedOptimizer(Optimizer):
 
     state_dtype: torch.dtype | None
     backend: str | None
+    max_grad_norm: float | None = None
+    # GradScaler sets both, and deletes them; it multiplies by a grad_scale that is there before.
     grad_scale: Tensor | None
-    found_inf: Tensor | None
+    found_inf: Tensor | None = None
     _plan: Any = None
     _plan_epoch: int = -1
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _configure(self, state_dtype: torch.dtype | None, backend_name: str | None) -> None:
+    def _configure(
+        self,
+        state_dtype: torch.dtype | None,
+        backend_name: str | None,
+        max_grad_norm: float | None,
+    ) -> None:
         if state_dtype not in (None, torch.float32):
             raise ValueError(f"state_dtype must be None or torch.float32, got {state_dtype!r}")
+        if max_grad_norm is not None and not float(max_grad_norm) >= 0.0:
+            raise ValueError(f"max_grad_norm must be None or at least 0, got {max_grad_norm!r}")
         self.state_dtype = state_dtype
+        self.max_grad_norm = max_grad_norm
         self.backend = None if backend_name is None else backend.check_choice(backend_name)
 
     # -- what a subclass says ----------------------------------------------------------------------
@@ -138,33 +151,54 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        inv_scale = self._inverse_scale() if "found_inf" in self.__dict__ else 1.0
-        if inv_scale is not None:
-            self._update(inv_scale)
+        self._update()
         return loss
 
     _observed_step = Optimizer.profile_hook_step(_unobserved_step)
 
-    def _update(self, inv_scale: float) -> None:
+    def _update(self) -> None:
         plan = self._plan if self._plan_epoch == backend.current_epoch() else None
-        if plan is not None and plan.step(self.param_groups, self.state, inv_scale):
+        if plan is not None and self._planned_step(plan):
             return
         self._plan_epoch = backend.current_epoch()
-        general_step(self, inv_scale)
+        general_step(self)
 
-    def _inverse_scale(self) -> float | None:
-        """Returns 1/loss scale as GradScaler left it, or None when the step is to be skipped."""
-        if self.found_inf is not None and float(self.found_inf) != 0:
-            return None
-        scale = getattr(self, "grad_scale", None)
-        return 1.0 if scale is None else 1.0 / float(scale)
+    def _planned_step(self, plan: Any) -> bool:
+        """Says whether the step was made, or is to be skipped."""
+        if self.max_grad_norm is None and self.found_inf is None:
+            made: bool = plan.step(self.param_groups, self.state)
+            return made
+        groups = self.param_groups
+        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        factors = step_factors(self, grads, plan.is_on_gpu, plan.devices)
+        if factors is None:
+            return True
+        made = plan.step(groups, self.state, factors.inv_scale, factors.clip, factors.devices)
+        return made
 
-    def _plain_step(self, row: Row, inv_scale: float) -> None:
+    @property
+    def _memory(self) -> Memory:
+        """What the GPU engines keep between steps."""
+        memory: Memory = self.__dict__.setdefault("_gpu_memory", Memory())
+        return memory
+
+    @property
+    def _counters(self) -> dict[Tensor, Tensor]:
+        """Step counters on the device, by parameter, of rules whose state has none."""
+        counters: dict[Tensor, Tensor] = self.__dict__.setdefault("_hidden_counters", {})
+        return counters
+
+    def _plain_step(self, row: Row, factors: Factors) -> None:
         """One row without a kernel: the reference, or torch's own code for a sparse gradient."""
-        group = self.param_groups[row.group]
+        group, known = self.param_groups[row.group], factors.on_host(row.grad.device)
+        if known is None:
+            return
+        inv_scale, clip = known
         with torch.set_grad_enabled(bool(group.get("differentiable"))):
             if inv_scale != 1.0:
                 row.grad.mul_(inv_scale)
+            if clip != 1.0:
+                row.grad = row.grad * clip if row.backend == "sparse" else _clipped(row.grad, clip)
             if row.backend == "sparse":
                 self._sparse_step(row, group)
             else:
@@ -248,11 +282,18 @@ class FusedOptimizer(Optimizer):
                 entry[name] = value.to(dtype=dtype, device=param.device)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "state_dtype": self.state_dtype, "backend": self.backend}
+        own = ("state_dtype", "backend", "max_grad_norm")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._plan = None  # it holds the former state
+        self._counters.clear()
         super().__setstate__(state)
+
+
+def _clipped(grad: Tensor, clip: float) -> Tensor:
+    """The gradient times `clip`, in the type that the arithmetic runs in."""
+    return (grad.float() if grad.dtype in HALF_DTYPES else grad) * clip
 
 
 def _as_real(tensor: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         state_dtype: torch.float32 keeps the state of half-precision parameters in float32; None
             follows torch (the parameter's dtype).
         backend: "auto", "cpu", "cuda", "triton" or "reference"; None follows `pyoptim.use_backend`.
+        max_grad_norm: clip the 2-norm of all gradients together to this, inside the update; None
+            does not clip. The gradients are not written.
 
     State per param: step (0-dim), square_avg, with momentum momentum_buffer, with centered
     grad_avg, shape of the parameter.
@@ -61,8 +63,9 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         *,
         state_dtype: torch.dtype | None = None,
         backend: str | None = None,
+        max_grad_norm: float | None = None,
     ) -> None:
-        self._configure(state_dtype, backend)
+        self._configure(state_dtype, backend, max_grad_norm)
         torch.optim.RMSprop.__init__(
             self,
             params,

@@ -12,7 +12,7 @@ from torch.optim.sgd import sgd as torch_sgd
 
 from pyoptim.arithmetic import decayed, signed
 from pyoptim.optimizer import FusedOptimizer
-from pyoptim.plan import Row
+from pyoptim.rows import Row
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):
@@ -34,6 +34,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         state_dtype: torch.float32 keeps the buffer of half-precision parameters in float32; None
             follows torch (the parameter's dtype).
         backend: "auto", "cpu", "cuda", "triton" or "reference"; None follows `pyoptim.use_backend`.
+        max_grad_norm: clip the 2-norm of all gradients together to this, inside the update; None
+            does not clip. The gradients are not written.
 
     State per param, with momentum: momentum_buffer, shape of the parameter.
     Raises: ValueError for an option out of range; BackendError if `backend` cannot run here.
@@ -58,8 +60,9 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         fused: bool | None = None,
         state_dtype: torch.dtype | None = None,
         backend: str | None = None,
+        max_grad_norm: float | None = None,
     ) -> None:
-        self._configure(state_dtype, backend)
+        self._configure(state_dtype, backend, max_grad_norm)
         torch.optim.SGD.__init__(
             self,
             params,

@@ -48,14 +48,14 @@ def pair(option: str, **more: Any) -> tuple[Optimizer, list[Parameter], Optimize
 
 
 @each_class
-def test_signature_is_torchs_with_state_dtype_and_backend_added(name: str) -> None:
+def test_signature_is_torchs_with_options_added(name: str) -> None:
     ours = list(inspect.signature(OURS[name].__init__).parameters.values())
     theirs = list(inspect.signature(TORCHS[name].__init__).parameters.values())
     assert [(p.name, p.kind, p.default) for p in ours[: len(theirs)]] == [
         (p.name, p.kind, p.default) for p in theirs
     ]
     added = [(p.name, p.kind, p.default) for p in ours[len(theirs) :]]
-    assert added == [(n, inspect.Parameter.KEYWORD_ONLY, None) for n in ("state_dtype", "backend")]
+    assert added == [(n, inspect.Parameter.KEYWORD_ONLY, None) for n in ("state_dtype", "backend", "max_grad_norm")]
 
 
 @each_class

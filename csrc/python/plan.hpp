@@ -5,175 +5,29 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
-#include <iterator>
-#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "cpu/engine.hpp"
-#include "python/tensor_access.hpp"
+#include "python/bucket.hpp"
+#include "python/held.hpp"
+#include "python/rule.hpp"
 
 namespace pyoptim {
 
 namespace py = pybind11;
 
-struct Rule {
-  RuleId id;
-  const char* const* hyper_names;
-  int n_hypers;
-  bool counts_steps;
-  int n_variants;
-  const int* n_states;
-  const char* const (*state_names)[kMaxStates];
-  int (*variant)(const double* raw);
-  PrepareHyper prepare32;
-  PrepareHyper prepare64;
-};
-
-template <template <class> class R, class T>
-void prepare_hyper(const double* raw, double step, bool first, void* hyper) {
-  static_assert(sizeof(typename R<T>::Hyper) <= kHyperBytes, "raise kHyperBytes");
-  *static_cast<typename R<T>::Hyper*>(hyper) = R<T>::prepare(raw, step, first);
-}
-
-template <template <class> class R>
-Rule make_rule(RuleId id) {
-  using F = R<float>;
-  static_assert(F::kHypers <= kMaxHypers, "raise kMaxHypers");
-  return {id,
-          F::kHyperNames,
-          F::kHypers,
-          F::kCountsSteps,
-          F::kVariants,
-          F::kStates,
-          F::kStateNames,
-          F::variant,
-          prepare_hyper<R, float>,
-          prepare_hyper<R, double>};
-}
-
-inline const Rule& find_rule(const std::string& name) {
-#define PYOPTIM_FIND(R)                               \
-  if (name == R<float>::kName) {                      \
-    static const Rule rule = make_rule<R>(RuleId::R); \
-    return rule;                                      \
-  }
-  PYOPTIM_FOR_EACH_RULE(PYOPTIM_FIND)
-#undef PYOPTIM_FIND
-  throw py::value_error("no rule named '" + name + "'");
-}
-
-// Reads one hyper-parameter, "name" or "name.index", out of a param group.
-class HyperReader {
- public:
-  explicit HyperReader(const std::string& path) {
-    const size_t dot = path.find('.');
-    key_ =
-        py::reinterpret_steal<py::object>(PyUnicode_InternFromString(path.substr(0, dot).c_str()));
-    index_ = dot == std::string::npos ? -1 : path[dot + 1] - '0';
-  }
-
-  double read(PyObject* group) const {
-    PyObject* value = PyDict_GetItemWithError(group, key_.ptr());
-    if (value == nullptr) missing();
-    if (index_ < 0) return number(value);
-    const auto item = py::reinterpret_steal<py::object>(PySequence_GetItem(value, index_));
-    if (!item) throw py::error_already_set();
-    return number(item.ptr());
-  }
-
- private:
-  [[noreturn]] void missing() const {
-    if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, key_.ptr());
-    throw py::error_already_set();
-  }
-
-  static double number(PyObject* value) {
-    if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
-    const auto converted = py::reinterpret_steal<py::object>(PyNumber_Float(value));
-    if (!converted) throw py::error_already_set();
-    return PyFloat_AS_DOUBLE(converted.ptr());
-  }
-
-  py::object key_;
-  int index_;
-};
-
-// The raw hyper-parameters of every group, and the blocks prepared from them for the step counts
-// met so far.
-class HyperCache {
- public:
-  explicit HyperCache(const Rule& rule) : rule_(rule) {}
-
-  void start(std::vector<std::vector<double>> raw) {
-    raw_ = std::move(raw);
-    blocks_.clear();
-    latest_.assign(raw_.size() * 2, Latest());
-  }
-
-  const std::vector<double>& raw(int group) const { return raw_[group]; }
-  const std::vector<HyperBlock>& blocks() const { return blocks_; }
-
-  // Rows of one group share a block as long as they share the step count, as nearly all do.
-  int32_t index(int group, double step, bool first, bool is_double) {
-    Latest& latest = latest_[group * 2 + is_double];
-    if (latest.step != step || latest.first != first) {
-      blocks_.emplace_back();
-      const PrepareHyper prepare = is_double ? rule_.prepare64 : rule_.prepare32;
-      prepare(raw_[group].data(), step, first, blocks_.back().bytes);
-      latest = {step, first, static_cast<int32_t>(blocks_.size()) - 1};
-    }
-    return latest.index;
-  }
-
- private:
-  struct Latest {
-    double step = -1;  // no step has this number: they start at 1
-    bool first = false;
-    int32_t index = -1;
-  };
-
-  const Rule& rule_;
-  std::vector<std::vector<double>> raw_;
-  std::vector<HyperBlock> blocks_;
-  std::vector<Latest> latest_;  // [group][is_double]
-};
-
-// A step counter as users see it: a 0-dim tensor, float32 as torch's, float64 once float32 can no
-// longer count.
-struct StepCounter {
-  void* data = nullptr;
-  bool is_double = false;
-
-  bool bind(PyObject* tensor) {
-    TensorView view;
-    if (!view_of(tensor, &view) || view.numel != 1 || !view.is_cpu || view.is_complex || !view.data)
-      return false;
-    data = view.data;
-    is_double = view.dtype == DType::f64;
-    return is_double || view.dtype == DType::f32;
-  }
-  double next() const {
-    if (!data) return 1.0;
-    return (is_double ? *static_cast<double*>(data) : *static_cast<float*>(data)) + 1.0;
-  }
-  bool can_count() const {
-    return is_double || !data || next() < 16777216.0;
-  }  // 2^24: float32 is exact below
-  void advance() const {
-    const double value = next();
-    if (is_double) {
-      *static_cast<double*>(data) = value;
-    } else if (data) {
-      *static_cast<float*>(data) = static_cast<float>(value);
-    }
-  }
-};
-
 inline bool is_usable(const TensorView& t, const TensorView& like) {
-  return t.is_cpu && (t.data || t.numel == 0) && t.is_complex == like.is_complex && is_aligned(t) &&
-         same_layout(t, like);
+  return (t.data || t.numel == 0) && same_device(t, like) && t.is_complex == like.is_complex &&
+         is_aligned(t) && same_layout(t, like);
+}
+
+// Whether the engine reaches the tensor's memory.
+inline bool is_reachable(Backend backend, const TensorView& t) {
+  if (backend == Backend::cuda && gpu::loaded_api() && gpu::api().is_emulated) return t.is_cpu;
+  if (backend == Backend::cuda) return gpu::loaded_api() && t.cuda >= 0;
+  return backend == Backend::cpu ? t.is_cpu : t.is_cpu || t.cuda >= 0;
 }
 
 // All of a row but its gradient and hyper-parameters. False when the tensors have no kernel
@@ -182,10 +36,11 @@ inline bool prepare_row(const Rule& rule,
                         int variant,
                         const TensorView& param,
                         const TensorView* states,
-                        TableRow* row) {
+                        TableRow* row,
+                        DTypeSet* dtypes) {
   const int n_states = rule.n_states[variant];
   const DType state_dtype = n_states ? states[0].dtype : param.dtype;
-  const DTypeSet set = dtype_set(param.dtype, state_dtype);
+  const DTypeSet set = *dtypes = dtype_set(param.dtype, state_dtype);
   if (set == DTypeSet::count || !is_usable(param, param) || !is_dense(param)) return false;
   for (int i = 0; i < n_states; ++i) {
     if (!is_usable(states[i], param) || states[i].dtype != state_dtype) return false;
@@ -199,7 +54,7 @@ inline bool prepare_row(const Rule& rule,
   return true;
 }
 
-// The rows of one step, filled under the GIL and run without it.
+// The CPU engine's rows of one step, filled under the GIL and run without it.
 struct Table {
   std::vector<const TableRow*> rows;
   std::vector<const StepCounter*> counters;
@@ -221,215 +76,6 @@ struct Table {
   }
 };
 
-// Gradients held while the GIL is away, so that another thread's zero_grad cannot free them.
-class GradHolder {
- public:
-  void hold(symbols::Tensor grad) {
-    symbols::Tensor copy = nullptr;
-    if (symbols::table().new_handle(grad, &copy) != 0) throw std::bad_alloc();
-    handles_.push_back(copy);
-  }
-  void hold(py::object grad) { objects_.push_back(std::move(grad)); }
-  void clear() {
-    for (const symbols::Tensor handle : handles_)
-      (void)symbols::table().delete_handle(handle);  // frees; cannot fail
-    handles_.clear();
-    objects_.clear();
-  }
-  ~GradHolder() { clear(); }
-
- private:
-  std::vector<symbols::Tensor> handles_;
-  std::vector<py::object> objects_;
-};
-
-using Items = std::vector<std::pair<py::object, py::object>>;
-
-// Says whether a dict is the same object and holds the same objects in the same order.
-class DictGuard {
- public:
-  DictGuard() = default;
-  explicit DictGuard(PyObject* dict) : dict_(dict), version_(version_of(dict)) {
-    PyObject *key = nullptr, *value = nullptr;
-    for (Py_ssize_t position = 0; PyDict_Next(dict, &position, &key, &value);) {
-      items_.emplace_back(py::reinterpret_borrow<py::object>(key),
-                          py::reinterpret_borrow<py::object>(value));
-    }
-  }
-
-  explicit operator bool() const { return dict_ != nullptr; }
-
-  bool holds(PyObject* dict) {
-    if (dict != dict_) return false;
-    if (kHasVersions && version_of(dict) == version_) return true;
-    if (!holds_items()) return false;
-    version_ = version_of(dict);
-    return true;
-  }
-  bool holds() { return holds(dict_); }
-
-  int visit(visitproc visit_object, void* arg) const {
-    for (const auto& [key, value] : items_) {
-      if (const int stop = visit_object(key.ptr(), arg)) return stop;
-      if (const int stop = visit_object(value.ptr(), arg)) return stop;
-    }
-    return 0;
-  }
-
- private:
-  // CPython before 3.14 gives a dict a new version at every change: one cache line instead of
-  // three.
-#if PY_VERSION_HEX < 0x030E0000
-  static constexpr bool kHasVersions = true;
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
-  static uint64_t version_of(PyObject* dict) {
-    return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
-  }
-#pragma GCC diagnostic pop
-#else
-  static constexpr bool kHasVersions = false;
-  static uint64_t version_of(PyObject*) { return 0; }
-#endif
-
-  bool holds_items() const {
-    if (PyDict_GET_SIZE(dict_) != static_cast<Py_ssize_t>(items_.size())) return false;
-    PyObject *key = nullptr, *value = nullptr;
-    Py_ssize_t position = 0;
-    for (const auto& item : items_) {
-      if (!PyDict_Next(dict_, &position, &key, &value)) return false;
-      if (key != item.first.ptr() || value != item.second.ptr()) return false;
-    }
-    return true;
-  }
-
-  PyObject* dict_ = nullptr;  // held by the optimizer, or by the items of its state's guard
-  uint64_t version_ = 0;
-  Items items_;
-};
-
-constexpr int kMaxHeld = kMaxStates + 1;  // state tensors and the step counter
-
-// The memory that a plan writes. A gradient that lies over some of it would be read before or after
-// that is written as the threads happen to run; torch's order matters then.
-class WrittenMemory {
- public:
-  void add(const void* storage, const void* begin, int64_t bytes) {
-    const auto from = reinterpret_cast<uintptr_t>(begin);
-    if (bytes > 0) spans_.push_back({from, from + bytes});
-    mark(storage);
-  }
-
-  void sort() { std::sort(spans_.begin(), spans_.end()); }
-
-  // Tensors over common memory nearly always have a common storage: a small table of storages
-  // spares most gradients the search.
-  bool overlaps(const void* storage, const void* begin, int64_t bytes) const {
-    if (storage && !(marks_[bit(storage) / 64] >> (bit(storage) % 64) & 1u)) return false;
-    const auto from = reinterpret_cast<uintptr_t>(begin);
-    const auto after =
-        std::upper_bound(spans_.begin(), spans_.end(), Span{from + bytes - 1, ~uintptr_t{0}});
-    return bytes > 0 && after != spans_.begin() && std::prev(after)->second > from;
-  }
-
- private:
-  using Span = std::pair<uintptr_t, uintptr_t>;  // first byte, the one after the last
-
-  static constexpr int kBits = 15;
-  static size_t bit(const void* storage) {
-    return reinterpret_cast<uintptr_t>(storage) * 0x9e3779b97f4a7c15u >> (64 - kBits);
-  }
-  void mark(const void* storage) { marks_[bit(storage) / 64] |= uint64_t{1} << bit(storage) % 64; }
-
-  std::vector<Span> spans_;  // disjoint: no two tensors of a plan share memory
-  std::vector<uint64_t> marks_ = std::vector<uint64_t>((size_t{1} << kBits) / 64);
-};
-
-// A state tensor or step counter, as the plan was made for it.
-//
-// With the symbols in use its TensorImpl and its storage are owned, so that no other can take their
-// addresses, and a check costs three cache lines. What it compares: the storage, where that lies in
-// memory, the shape and strides. Where the storage has room for more than the tensor, or is seen
-// through DLPack, everything is compared.
-class HeldTensor {
- public:
-  HeldTensor(py::object object, bool is_counter)
-      : object_(std::move(object)), is_counter_(is_counter) {
-    TensorView view = {};
-    if (!view_of(object_.ptr(), &view)) return;
-    if (symbols::enabled()) own(view);
-    fingerprint_ = is_roomy_ ? fingerprint() : 0;
-  }
-  HeldTensor(const HeldTensor&) = delete;
-  HeldTensor(HeldTensor&& other) = default;
-
-  PyObject* ptr() const { return object_.ptr(); }
-
-  // Still where it was, as it was.
-  bool is_current(const TensorView& layout) const {
-    if (impl_) {
-      if (symbols::storage_of(impl_) != storage_ || storage_[symbols::kPointer] != memory_) {
-        return false;
-      }
-      if (!is_counter_ && !same_layout(symbols::inline_layout(impl_), layout)) return false;
-    }
-    return !is_roomy_ || fingerprint() == fingerprint_;
-  }
-
- private:
-  struct DeleteHandle {
-    void operator()(void* handle) const { (void)symbols::table().delete_handle(handle); }
-  };
-
-  void own(const TensorView& view) {
-    if (view.ndim > symbols::kInlineDims) return;
-    symbols::Tensor handle = nullptr;
-    if (symbols::table().new_handle(symbols::tensor_of(object_.ptr()), &handle) != 0) {
-      throw std::bad_alloc();
-    }
-    handle_.reset(handle);
-    impl_ = *static_cast<void* const* const*>(handle);
-    storage_owner_ = object_.attr("untyped_storage")();
-    storage_ = symbols::storage_of(impl_);
-    memory_ = storage_[symbols::kPointer];
-    int64_t size = 0;
-    const int64_t width = item_size(view.dtype) * (view.is_complex ? 2 : 1);
-    is_roomy_ = symbols::table().get_storage_size(handle, &size) != 0 || size > view.numel * width;
-  }
-
-  uint64_t fingerprint() const {
-    constexpr uint64_t kMix = 0x9e3779b97f4a7c15u;
-    TensorView view = {};
-    if (!view_of(object_.ptr(), &view)) return 0;
-    uint64_t hash = static_cast<uint64_t>(view.dtype) * 2 + view.is_complex;
-    for (int32_t d = 0; d < view.ndim; ++d) {
-      hash = (hash * kMix + view.sizes[d]) * kMix + view.strides[d];
-    }
-    return hash * kMix + reinterpret_cast<uintptr_t>(view.data);
-  }
-
-  void* const* impl_ = nullptr;
-  void* const* storage_ = nullptr;
-  void* memory_ = nullptr;
-  uint64_t fingerprint_ = 0;
-  py::object object_;
-  bool is_counter_;
-  bool is_roomy_ = true;
-  py::object storage_owner_;
-  std::unique_ptr<void, DeleteHandle> handle_;
-};
-
-// Null when unknown.
-inline const void* storage_of(PyObject* tensor) {
-  if (!symbols::enabled()) return nullptr;
-  return symbols::storage_of(*static_cast<void* const* const*>(symbols::tensor_of(tensor)));
-}
-
-inline bool is_lazy(const py::object& tensor) {
-  if (symbols::enabled()) return is_lazy(symbols::tensor_of(tensor.ptr()));
-  return py::cast<bool>(tensor.attr("is_neg")()) || py::cast<bool>(tensor.attr("is_conj")());
-}
-
 // One parameter as the plan was made for it. Flat and hot fields first: a step walks thousands and
 // waits for memory.
 struct Row {
@@ -437,9 +83,12 @@ struct Row {
   DictGuard entry;  // optimizer.state[param]; empty when the rule keeps no state
   int32_t group = 0;
   int16_t n_states = 0;
+  int16_t bucket = -1;     // of the plan; -1: the CPU engine
   int8_t state_width = 0;  // bytes of one element
+  Backend backend = Backend::cpu;
   bool active = false;     // false: no gradient was seen yet, so there is no state
   bool first = false;      // the momentum buffer is new
+  bool is_live = false;    // kernels read and advance its counter
   TensorView layout = {};  // of param; sizes and strides point below
   int64_t dims[2 * symbols::kInlineDims];
   TableRow table_row = {};  // with the addresses of param and states
@@ -452,17 +101,19 @@ struct Row {
   }
 
   // False when the tensors cannot run as they are.
-  bool bind(const Rule& rule, int variant) {
+  bool bind(const Rule& rule, int variant, DTypeSet* dtypes) {
     n_states = static_cast<int16_t>(rule.n_states[variant]);
     TensorView view, states[kMaxStates];
     if (!view_of(param.ptr(), &view)) return false;
     for (int i = 0; i < n_states; ++i) {
       if (!view_of(held[i].ptr(), &states[i])) return false;
     }
-    if (rule.counts_steps && !counter.bind(held[n_states].ptr())) return false;
+    const bool has_counter = held.size() > static_cast<size_t>(n_states);
+    if (has_counter && !counter.bind(held[n_states].ptr(), is_live, view)) return false;
     remember_layout(view);
     if (n_states > 0) state_width = item_size(states[0].dtype);
-    return prepare_row(rule, variant, view, states, &table_row);
+    return is_reachable(backend, view) &&
+           prepare_row(rule, variant, view, states, &table_row, dtypes);
   }
 
   // The tensors are where they were, so what was checked for them still holds.
@@ -511,24 +162,29 @@ constexpr int64_t kKeepGilElements = 1 << 20;
 
 class Plan {
  public:
-  // rows: (group, param, state dict or None, (states...), first, active) for every parameter of
-  // every group in order; an inactive row is a parameter without a gradient so far. No two
-  // parameters may share memory. guards: group keys whose truth is fixed while the plan lives.
+  // rows: (group, param, state dict or None, (states...), step or None, first, active, backend,
+  // live) for every parameter of every group in order; an inactive row is a parameter without a
+  // gradient so far. No two parameters may share memory. guards: group keys whose truth is fixed
+  // while the plan lives. memory: the pyoptim.gpu.Memory of the optimizer.
   Plan(const std::string& rule,
        const py::list& param_groups,
        const py::dict& state,
        const py::list& rows,
-       const py::list& guards)
+       const py::list& guards,
+       const py::object& memory)
       : rule_(find_rule(rule)),
         hypers_(rule_),
         kernels_(&cpu::active_kernels()),
+        api_(gpu::loaded_api()),
+        memory_(memory),
         state_(state.ptr()) {
     for (int i = 0; i < rule_.n_hypers; ++i) readers_.emplace_back(rule_.hyper_names[i]);
     for (const py::handle guard : guards)
       guards_.push_back(py::reinterpret_borrow<py::object>(guard));
-    hypers_.start(read_groups(param_groups));
+    find_live_groups(rows, param_groups.size());
+    const RawHypers raw = read_groups(param_groups);
     for (size_t g = 0; g < param_groups.size(); ++g) {
-      variants_.push_back(rule_.variant(hypers_.raw(static_cast<int>(g)).data()));
+      variants_.push_back(rule_.variant(raw[g].data()));
       guard_values_.push_back(read_guards(param_groups[g].ptr()));
     }
     rows_.reserve(rows.size());  // rows point into themselves and must not move
@@ -555,13 +211,33 @@ class Plan {
     state_ = DictGuard();
   }
 
+  // Whether no row needs the host to know a loss scale or a clip factor.
+  bool is_on_gpu() const { return is_on_gpu_; }
+
+  // CUDA indices of the GPU engines' rows, -1 for those in the CPU's memory.
+  std::vector<int32_t> devices() const {
+    std::vector<int32_t> found;
+    for (const Bucket& bucket : buckets_) {
+      if (std::find(found.begin(), found.end(), bucket.device) == found.end())
+        found.push_back(bucket.device);
+    }
+    return found;
+  }
+
   // One step over everything that has a gradient, or nothing at all: false, and nothing has
   // changed, when parameters, state, options or gradients are not those the plan was made for.
-  bool step(const py::list& param_groups, const py::object& state, double inv_scale) {
+  // devices: None, or {CUDA index: (grad_scale, found_inf, clip)}, each None or a tensor.
+  bool step(const py::list& param_groups,
+            const py::object& state,
+            double inv_scale,
+            double clip,
+            const py::object& devices,
+            bool bumps_versions) {
     if (running_)
       throw std::runtime_error("step() of this optimizer is already running in another thread");
+    read_factors(inv_scale, clip, devices);
     const bool collected = collect(param_groups, state.ptr());
-    if (collected && !table_.rows.empty()) launch(inv_scale);
+    if (collected && has_work()) launch(bumps_versions);
     grads_.clear();
     return collected;
   }
@@ -575,25 +251,53 @@ class Plan {
     row.held.reserve(kMaxHeld);
     for (const py::handle state : py::tuple(fields[3]))
       row.hold(py::reinterpret_borrow<py::object>(state), false);
-    const py::object entry = fields[2];
-    if (!entry.is_none()) {
-      row.entry = DictGuard(entry.ptr());
-      if (rule_.counts_steps)
-        row.hold(py::reinterpret_borrow<py::object>(PyDict_GetItemString(entry.ptr(), "step")),
-                 true);
-    }
-    row.first = py::cast<bool>(fields[4]);
-    row.active = py::cast<bool>(fields[5]);
-    if (!row.active) return;
-    is_usable_ = row.bind(rule_, variants_[row.group]) && is_usable_;
-    row.list_memory(&written_);
+    const py::object entry = fields[2], counter = fields[4];
+    if (!entry.is_none()) row.entry = DictGuard(entry.ptr());
+    if (!counter.is_none()) row.hold(counter, true);
+    row.first = py::cast<bool>(fields[5]);
+    row.active = py::cast<bool>(fields[6]);
+    row.backend = static_cast<Backend>(py::cast<int>(fields[7]));
+    row.is_live = py::cast<bool>(fields[8]);
+    if (row.active) bind_row(row);
   }
 
-  std::vector<std::vector<double>> read_groups(const py::list& param_groups) const {
-    std::vector<std::vector<double>> raw;
-    for (const py::handle group : param_groups) {
-      raw.emplace_back();
-      for (const HyperReader& reader : readers_) raw.back().push_back(reader.read(group.ptr()));
+  void bind_row(Row& row) {
+    DTypeSet dtypes = DTypeSet::count;
+    const int variant = variants_[row.group];
+    is_usable_ = row.bind(rule_, variant, &dtypes) && is_usable_;
+    row.list_memory(&written_);
+    is_on_gpu_ = is_on_gpu_ && row.backend != Backend::cpu;
+    if (row.backend == Backend::cpu || !is_usable_) return;
+    Bucket bucket = {};
+    bucket.backend = row.backend;
+    bucket.device = row.layout.cuda;
+    bucket.variant = variant;
+    bucket.dtypes = dtypes;
+    bucket.is_live = row.is_live;
+    const auto same = [&](const Bucket& other) { return other.holds(bucket); };
+    const auto found = std::find_if(buckets_.begin(), buckets_.end(), same);
+    row.bucket = static_cast<int16_t>(found - buckets_.begin());
+    if (found == buckets_.end()) buckets_.push_back(bucket);
+  }
+
+  void find_live_groups(const py::list& rows, size_t n_groups) {
+    is_live_group_.assign(n_groups, false);
+    for (const py::handle fields : rows) {
+      const auto row = py::reinterpret_borrow<py::tuple>(fields);
+      if (py::cast<bool>(row[8])) is_live_group_[py::cast<size_t>(row[0])] = true;
+    }
+  }
+
+  RawHypers read_groups(const py::list& param_groups) {
+    RawHypers raw(param_groups.size());
+    sources_.clear();
+    for (size_t g = 0; g < raw.size(); ++g) {
+      for (size_t i = 0; i < readers_.size(); ++i) {
+        const HyperValue value = readers_[i].read(param_groups[g].ptr(), is_live_group_[g]);
+        raw[g].push_back(value.number);
+        if (value.tensor)
+          sources_.push_back({static_cast<int>(g), static_cast<int>(i), value.tensor});
+      }
     }
     return raw;
   }
@@ -607,19 +311,37 @@ class Plan {
     return values;
   }
 
+  void read_factors(double inv_scale, double clip, const py::object& devices) {
+    factors_ = {inv_scale, clip, {}};
+    if (devices.is_none()) return;
+    for (const auto& [device, tensors] : py::cast<py::dict>(devices)) {
+      const auto fields = py::reinterpret_borrow<py::tuple>(tensors);
+      factors_.devices.push_back({py::cast<int32_t>(device), fields[0], fields[1], fields[2]});
+    }
+  }
+
+  bool has_work() const {
+    return !table_.rows.empty() ||
+           std::any_of(
+               buckets_.begin(), buckets_.end(), [](const Bucket& b) { return !b.empty(); });
+  }
+
   bool collect(const py::list& param_groups, PyObject* state) {
     table_.clear();
+    for (Bucket& bucket : buckets_) bucket.clear();
     stepped_.clear();
     live_grads_.clear();
-    if (!is_usable_ || kernels_ != &cpu::active_kernels() ||
+    if (!is_usable_ || kernels_ != &cpu::active_kernels() || api_ != gpu::loaded_api() ||
         param_groups.size() != variants_.size())
       return false;
     if (!state_.holds(state)) return false;
-    hypers_.start(read_groups(param_groups));
+    hypers_.start(read_groups(param_groups), factors_.clip);
+    waits_for_device_.assign(variants_.size(), false);
+    for (const LiveSource& source : sources_) waits_for_device_[source.group] = true;
     size_t row = 0;
     for (size_t g = 0; g < variants_.size(); ++g) {
       PyObject* const group = param_groups[g].ptr();
-      if (rule_.variant(hypers_.raw(static_cast<int>(g)).data()) != variants_[g]) return false;
+      if (rule_.variant(hypers_.raw()[g].data()) != variants_[g]) return false;
       if (read_guards(group) != guard_values_[g] ||
           !collect_group(group, static_cast<int>(g), &row))
         return false;
@@ -663,27 +385,75 @@ class Plan {
     if (grad.dtype != row.layout.dtype || !is_usable(grad, row.layout)) return false;
     const int64_t bytes = row.table_row.numel * item_size(grad.dtype);
     if (written_.overlaps(storage, grad.data, bytes)) return false;
+    if (!row.is_live && waits_for_device_[row.group]) return false;
+    // What the host counts cannot be taken back when the device finds an infinity.
+    if (!row.is_live && factors_.skips() && rule_.is_counted(variants_[row.group])) return false;
     row.table_row.grad = grad.data;
-    row.table_row.hyper =
-        hypers_.index(row.group, row.counter.next(), row.first, row.layout.dtype == DType::f64);
-    table_.add(row.table_row, row.counter);
+    if (!row.is_live) {
+      row.table_row.hyper = hypers_.index(row.group,
+                                          row.counter.next(),
+                                          row.first,
+                                          row.layout.dtype == DType::f64,
+                                          row.backend == Backend::cpu);
+    }
+    if (row.bucket < 0) {
+      table_.add(row.table_row, row.counter);
+    } else {
+      buckets_[row.bucket].add(row.table_row, row.counter, row.group);
+    }
     stepped_.push_back(&row);
     return true;
   }
 
-  void launch(double inv_scale) {
+  void launch(bool bumps_versions) {
     const bool keeps_gil = table_.total < kKeepGilElements;
     for (size_t i = 0; !keeps_gil && i < live_grads_.size(); ++i) grads_.hold(live_grads_[i]);
-    bump_versions(inv_scale != 1.0);
+    if (bumps_versions) bump_versions(factors_.unscales());
     running_ = true;
+    try {
+      launch_buckets();
+    } catch (...) {
+      running_ = false;
+      throw;
+    }
     if (keeps_gil) {
-      table_.run(hypers_, inv_scale);
+      table_.run(hypers_, factors_.inv_scale);
     } else {
       const py::gil_scoped_release unlocked;
-      table_.run(hypers_, inv_scale);
+      table_.run(hypers_, factors_.inv_scale);
     }
     running_ = false;
     for (Row* row : stepped_) row->first = false;
+  }
+
+  void launch_buckets() {
+    for (size_t slot = 0; slot < buckets_.size(); ++slot) {
+      const Bucket& bucket = buckets_[slot];
+      if (bucket.empty()) continue;
+      const LiveGroups live = bucket.is_live ? live_groups(bucket.device) : LiveGroups();
+      bucket.launch(rule_, hypers_, live, factors_, memory_, static_cast<int>(slot));
+    }
+    for (const Row* row : stepped_) {
+      if (row->bucket >= 0) row->counter.advance();
+    }
+  }
+
+  LiveGroups live_groups(int32_t device) const {
+    LiveGroups live;
+    for (const std::vector<double>& raw : hypers_.raw()) {
+      live.groups.emplace_back();
+      std::copy(raw.begin(), raw.end(), live.groups.back().raw);
+    }
+    for (const LiveSource& source : sources_) {
+      // A tensor of another device, or dtype: its copy is in the order of the streams.
+      live.copies.push_back(memory_.attr("on_device")(
+          py::handle(source.tensor), readers_[source.hyper].key(), device));
+      TensorView view;
+      if (!view_of(live.copies.back().ptr(), &view)) throw std::bad_alloc();
+      live.groups[source.group].source[source.hyper] = view.data;
+      live.groups[source.group].is_double[source.hyper] = view.dtype == DType::f64;
+    }
+    return live;
   }
 
   // Before anything is written, because torch refuses some tensors here (inference tensors) by an
@@ -707,14 +477,22 @@ class Plan {
   const Rule& rule_;
   HyperCache hypers_;
   Table table_;
+  std::vector<Bucket> buckets_;
+  StepFactors factors_;
   GradHolder grads_;
   const cpu::KernelTable* const kernels_;
+  const gpu::Api* const api_;
+  py::object memory_;
   bool is_usable_ = true;
+  bool is_on_gpu_ = true;
   bool running_ = false;
   std::vector<HyperReader> readers_;
   std::vector<py::object> guards_;
   std::vector<int> variants_;                    // [group]
+  std::vector<bool> is_live_group_;              // [group]: some row of it is live
   std::vector<std::vector<bool>> guard_values_;  // [group][guard]
+  std::vector<LiveSource> sources_;              // of this step
+  std::vector<bool> waits_for_device_;           // [group]: has such a source
   DictGuard state_;  // optimizer.state, which holds the dicts of the rows' guards
   std::vector<Row> rows_;
   WrittenMemory written_;

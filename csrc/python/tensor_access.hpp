@@ -28,7 +28,12 @@ struct TensorView {
   DType dtype;  // of the real and imaginary parts when is_complex
   bool is_complex;
   bool is_cpu;
+  int32_t cuda;  // index of the CUDA device, or -1
 };
+
+inline bool same_device(const TensorView& a, const TensorView& b) {
+  return a.is_cpu == b.is_cpu && a.cuda == b.cuda;
+}
 
 namespace dlpack {
 
@@ -62,7 +67,7 @@ struct ExchangeApi {
   void* current_work_stream;
 };
 constexpr uint32_t kMajor = 1;
-constexpr int32_t kCpu = 1;
+constexpr int32_t kCpu = 1, kCuda = 2;
 constexpr uint8_t kFloat = 2, kBfloat = 4, kComplex = 5;
 
 inline const ExchangeApi*& api() {
@@ -70,11 +75,18 @@ inline const ExchangeApi*& api() {
   return table;
 }
 
+// torch.Tensor, alive as long as torch is.
+inline PyTypeObject*& tensor_type() {
+  static PyTypeObject* type = nullptr;
+  return type;
+}
+
 // Returns whether the table was found. Leaves no Python error behind.
-inline bool find_api(PyObject* tensor_type) {
+inline bool find_api(PyObject* type) {
+  tensor_type() = reinterpret_cast<PyTypeObject*>(type);
   // The attribute was renamed late in 2025; torch 2.10 has the older name.
   for (const char* name : {"__dlpack_c_exchange_api__", "__c_dlpack_exchange_api__"}) {
-    PyObject* const capsule = PyObject_GetAttrString(tensor_type, name);
+    PyObject* const capsule = PyObject_GetAttrString(type, name);
     if (capsule == nullptr) {
       PyErr_Clear();
       continue;
@@ -117,6 +129,7 @@ inline bool view(PyObject* tensor, TensorView* out) {
   out->dtype = dtype_of(t.dtype);
   out->is_complex = t.dtype.code == kComplex;
   out->is_cpu = t.device.type == kCpu;
+  out->cuda = t.device.type == kCuda ? t.device.id : -1;
   out->numel = 1;
   for (int32_t d = 0; d < t.ndim; ++d) out->numel *= t.shape[d];
   return true;
@@ -137,6 +150,7 @@ struct Table {
   int (*get_dtype)(Tensor, int32_t*);
   int (*get_layout)(Tensor, int32_t*);
   int (*get_device_type)(Tensor, int32_t*);
+  int (*get_device_index)(Tensor, int32_t*);
   int (*is_defined)(Tensor, bool*);
   int (*new_handle)(Tensor, Tensor*);
   int (*delete_handle)(Tensor);
@@ -144,7 +158,7 @@ struct Table {
   void (*bump_version)(const void* tensor);
   bool (*is_neg)(const void* tensor);
   bool (*is_conj)(const void* tensor);
-  int32_t strided, cpu;
+  int32_t strided, cpu, cuda;
   int32_t dtypes[4], complex_dtypes[4];
   bool complete;
 };
@@ -189,6 +203,7 @@ inline Table load() {
   loader.find("aoti_torch_get_dtype", &t.get_dtype);
   loader.find("aoti_torch_get_layout", &t.get_layout);
   loader.find("aoti_torch_get_device_type", &t.get_device_type);
+  loader.find("aoti_torch_get_device_index", &t.get_device_index);
   loader.find("aoti_torch_is_defined", &t.is_defined);
   loader.find("aoti_torch_new_tensor_handle", &t.new_handle);
   loader.find("aoti_torch_delete_tensor_object", &t.delete_handle);
@@ -198,6 +213,7 @@ inline Table load() {
   loader.find(kIsConj, &t.is_conj);
   t.strided = loader.constant("aoti_torch_layout_strided");
   t.cpu = loader.constant("aoti_torch_device_type_cpu");
+  t.cuda = loader.constant("aoti_torch_device_type_cuda");
   constexpr const char* kReal[] = {"aoti_torch_dtype_float64",
                                    "aoti_torch_dtype_float32",
                                    "aoti_torch_dtype_bfloat16",
@@ -244,13 +260,18 @@ inline void set_dtype(int32_t code, TensorView* out) {
   }
 }
 
-inline bool is_strided_cpu(Tensor tensor) {
+// Where the tensor's strided memory is; false for what has none that kernels can reach.
+inline bool find_device(Tensor tensor, TensorView* out) {
+  const Table& t = table();
   int32_t layout = 0, device = 0;
-  return table().get_layout(tensor, &layout) == 0 && layout == table().strided &&
-         table().get_device_type(tensor, &device) == 0 && device == table().cpu;
+  if (t.get_layout(tensor, &layout) != 0 || layout != t.strided) return false;
+  if (t.get_device_type(tensor, &device) != 0) return false;
+  out->is_cpu = device == t.cpu;
+  out->cuda = -1;
+  return out->is_cpu || (device == t.cuda && t.get_device_index(tensor, &out->cuda) == 0);
 }
 
-// For a tensor that is_strided_cpu.
+// All but the device, for a tensor that has strided memory.
 inline bool view_memory(Tensor tensor, TensorView* out) {
   const Table& t = table();
   int32_t dtype = 0;
@@ -265,14 +286,13 @@ inline bool view_memory(Tensor tensor, TensorView* out) {
   out->numel = 1;
   for (int32_t d = 0; d < out->ndim; ++d) out->numel *= sizes[d];
   out->is_complex = false;
-  out->is_cpu = true;
   set_dtype(dtype, out);
   return true;
 }
 
-// False for what is not in the CPU's strided memory.
+// False for what is not in strided memory that kernels can reach.
 inline bool view(Tensor tensor, TensorView* out) {
-  return is_strided_cpu(tensor) && view_memory(tensor, out);
+  return find_device(tensor, out) && view_memory(tensor, out);
 }
 
 // TensorImpl and StorageImpl both keep a pointer behind their table of virtual functions and
@@ -334,6 +354,10 @@ inline Tensor grad_of(Tensor param) {
 }
 
 }  // namespace symbols
+
+inline bool is_tensor(PyObject* object) {
+  return dlpack::tensor_type() && PyObject_TypeCheck(object, dlpack::tensor_type());
+}
 
 inline bool view_of(PyObject* tensor, TensorView* out) {
   return symbols::enabled() ? symbols::view(symbols::tensor_of(tensor), out)
