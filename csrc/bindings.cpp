@@ -151,7 +151,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const std::string&,
                     const py::list&,
                     const py::dict&,
-                    const py::list&,
+                    const std::vector<py::tuple>&,
                     const py::list&,
                     const py::object&>())
       .def("step",
@@ -161,11 +161,11 @@ PYBIND11_MODULE(_C, m) {
            py::arg("inv_scale") = 1.0,
            py::arg("clip") = 1.0,
            py::arg("devices") = py::none(),
-           py::arg("bumps_versions") = true,
            "True when the step was made, False when the general path has to make it")
       .def_property_readonly("is_on_gpu", &Plan::is_on_gpu)
       .def_property_readonly("devices", &Plan::devices);
 
+  m.def("run_rows", &run_rows);
   m.def("rule_info", &rule_info);
   m.def("read_hypers", &read_hypers);
   m.def("layout_facts", &layout_facts, "(is dense, is aligned) of a strided tensor");

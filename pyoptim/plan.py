@@ -103,22 +103,18 @@ def _run(optimizer: FusedOptimizer, rows: list[Row], factors: Factors) -> bool:
 
 
 def _run_fused(optimizer: FusedOptimizer, staged: list[_Staged], factors: Factors) -> None:
-    """One step of a plan over stand-ins of the rows' tensors."""
     native = backend.native()
     assert native is not None
-    groups = [{**group, "params": []} for group in optimizer.param_groups]
-    fields = []
     with torch.no_grad():
-        for s in staged:
-            fields.append(s.fields())
-            groups[s.row.group]["params"].append(fields[-1][1])
-        state: dict[Tensor, Any] = {}
-        plan = native.Plan(optimizer.rule, groups, state, fields, [], optimizer._memory)
-        if not plan.step(groups, state, factors.inv_scale, factors.clip, factors.devices, False):
-            raise RuntimeError(
-                f"the tensors of {staged[0].row.place} or of a later one have no kernel together; "
-                "use backend='reference' and please report it"
-            )
+        native.run_rows(
+            optimizer.rule,
+            optimizer.param_groups,
+            [s.fields() for s in staged],
+            factors.inv_scale,
+            factors.clip,
+            factors.devices,
+            optimizer._memory,
+        )
         for s in staged:
             s.write_back()
 
@@ -133,16 +129,13 @@ class _Staged:
         self.is_copied = False
 
     def fields(self) -> tuple[Any, ...]:
-        """What a plan needs to know of the row; its second field is the parameter's stand-in."""
         native, row, param = backend.native(), self.row, self.row.param
         assert native is not None
         if native.layout_facts(param) != (True, True) or is_lazy(param):
             param = self._copy(param, torch.empty_like(param).copy_(param), written=True)
         grad = self._like(row.grad, param, written=self._with_grad)
         states = tuple(self._like(state, param, written=True) for state in row.states)
-        param = param.detach()
-        param.grad = grad
-        return _plan_fields(row, param, None, states, row.first)
+        return param, grad, states, *_common_fields(row, row.first)
 
     def _like(self, tensor: Tensor, param: Tensor, written: bool) -> Tensor:
         native = backend.native()
@@ -179,26 +172,22 @@ def _make_plan(optimizer: FusedOptimizer, rows: list[Row]) -> Any:
     resting = _resting_rows(optimizer, by_key)
     if not share_memory([*rows, *resting]):
         by_key.update((id(row.key), row) for row in resting)
-    fields = []
+    fields: list[tuple[Any, ...]] = []
     for g, group in enumerate(optimizer.param_groups):
         for param in group["params"]:
             row, entry = by_key.get(id(param)), optimizer.state.get(param)
             if row is None:
-                fields.append((g, param, None, (), None, False, False, 0, False))
+                fields.append((param, (), None, g, False, 0, False, None, False))
             else:
-                fields.append(_plan_fields(row, param, entry, tuple(row.states), False))
+                states = tuple(row.states)
+                fields.append((param, states, *_common_fields(row, False), entry, True))
+    groups, state = optimizer.param_groups, optimizer.state
     guards = ["capturable", "differentiable"]
-    memory = optimizer._memory
-    return native.Plan(
-        optimizer.rule, optimizer.param_groups, optimizer.state, fields, guards, memory
-    )
+    return native.Plan(optimizer.rule, groups, state, fields, guards, optimizer._memory)
 
 
-def _plan_fields(
-    row: Row, param: Tensor, entry: object, states: tuple[Tensor, ...], first: bool
-) -> tuple[Any, ...]:
-    engine = backend.ENGINES.index(row.backend)
-    return row.group, param, entry, states, row.step, first, True, engine, row.is_live
+def _common_fields(row: Row, first: bool) -> tuple[Any, ...]:
+    return row.step, row.group, first, backend.ENGINES.index(row.backend), row.is_live
 
 
 def _resting_rows(optimizer: FusedOptimizer, seen: Mapping[int, Row]) -> list[Row]:

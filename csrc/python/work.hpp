@@ -1,0 +1,301 @@
+// One step of one rule: its rows by who runs them, and what they are run with.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <new>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/engine.hpp"
+#include "python/bucket.hpp"
+#include "python/rule.hpp"
+
+namespace pyoptim {
+
+namespace py = pybind11;
+
+inline bool is_usable(const TensorView& t, const TensorView& like) {
+  return (t.data || t.numel == 0) && same_device(t, like) && t.is_complex == like.is_complex &&
+         is_aligned(t) && same_layout(t, like);
+}
+
+// Whether the engine reaches the tensor's memory.
+inline bool is_reachable(Backend backend, const TensorView& t) {
+  if (backend == Backend::cuda && gpu::loaded_api() && gpu::api().is_emulated) return t.is_cpu;
+  if (backend == Backend::cuda) return gpu::loaded_api() && t.cuda >= 0;
+  return backend == Backend::cpu ? t.is_cpu : t.is_cpu || t.cuda >= 0;
+}
+
+// All of a row but its gradient and hyper-parameters. False when the tensors have no kernel
+// together.
+inline bool prepare_row(const Rule& rule,
+                        int variant,
+                        const TensorView& param,
+                        const TensorView* states,
+                        TableRow* row,
+                        DTypeSet* dtypes) {
+  const int n_states = rule.n_states[variant];
+  const DType state_dtype = n_states ? states[0].dtype : param.dtype;
+  const DTypeSet set = *dtypes = dtype_set(param.dtype, state_dtype);
+  if (set == DTypeSet::count || !is_usable(param, param) || !is_dense(param)) return false;
+  for (int i = 0; i < n_states; ++i) {
+    if (!is_usable(states[i], param) || states[i].dtype != state_dtype) return false;
+    row->state[i] = states[i].data;
+  }
+  const cpu::KernelTable& kernels = cpu::active_kernels();
+  row->param = param.data;
+  row->numel = param.numel * (param.is_complex ? 2 : 1);
+  row->update = kernels.update[static_cast<int>(rule.id)][variant][static_cast<int>(set)];
+  row->unscale = kernels.unscale[static_cast<int>(param.dtype)];
+  return true;
+}
+
+// The CPU engine's rows of one step, filled under the GIL and run without it.
+struct Table {
+  std::vector<const TableRow*> rows;
+  std::vector<const StepCounter*> counters;
+  int64_t total = 0;
+
+  void clear() {
+    rows.clear();
+    counters.clear();
+    total = 0;
+  }
+  void add(const TableRow& row, const StepCounter& counter) {
+    total += row.numel;
+    rows.push_back(&row);
+    counters.push_back(&counter);
+  }
+  void run(const HyperCache& hypers, double inv_scale) const {
+    cpu::update_rows(rows, hypers.blocks(), inv_scale);
+    for (const StepCounter* counter : counters) counter->advance();
+  }
+};
+
+// What a step needs to know of one parameter.
+struct StepRow {
+  TableRow table_row = {};  // with the addresses of param and states
+  StepCounter counter;
+  int32_t group = 0;
+  int16_t bucket = -1;  // of the work; -1: the CPU engine
+  Backend backend = Backend::cpu;
+  bool first = false;      // the momentum buffer is new
+  bool is_live = false;    // kernels read and advance its counter
+  bool is_double = false;  // arithmetic in float64
+};
+
+class Work {
+ public:
+  // memory: the pyoptim.gpu.Memory of the optimizer.
+  Work(const Rule& rule, const py::object& memory) : rule_(rule), hypers_(rule), memory_(memory) {
+    for (int i = 0; i < rule_.n_hypers; ++i) readers_.emplace_back(rule_.hyper_names[i]);
+  }
+
+  const Rule& rule() const { return rule_; }
+  const StepFactors& factors() const { return factors_; }
+  int variant(int group) const { return rule_.variant(hypers_.raw()[group].data()); }
+  int64_t host_elements() const { return table_.total; }
+
+  // Kernels read the hyper-parameters of such a group, so that its tensors stay tensors.
+  void mark_live(size_t group) {
+    is_live_group_.resize(std::max(is_live_group_.size(), group + 1));
+    is_live_group_[group] = true;
+  }
+
+  // Forgets the rows of the last step and reads the groups anew. devices: None, or {CUDA index:
+  // (grad_scale, found_inf, clip)}, each None or a tensor.
+  void start(const py::list& param_groups,
+             double inv_scale,
+             double clip,
+             const py::object& devices) {
+    table_.clear();
+    for (Bucket& bucket : buckets_) bucket.clear();
+    read_factors(inv_scale, clip, devices);
+    read_groups(param_groups);
+  }
+
+  // Where rows like this one are gathered. dtypes and device are those of its tensors.
+  void place(StepRow* row, DTypeSet dtypes, int32_t device) {
+    row->is_double = dtypes == DTypeSet::f64;
+    if (row->backend == Backend::cpu) return;
+    Bucket bucket = {};
+    bucket.backend = row->backend;
+    bucket.device = device;
+    bucket.variant = variant(row->group);
+    bucket.dtypes = dtypes;
+    bucket.is_live = row->is_live;
+    const auto same = [&](const Bucket& other) { return other.holds(bucket); };
+    const auto found = std::find_if(buckets_.begin(), buckets_.end(), same);
+    row->bucket = static_cast<int16_t>(found - buckets_.begin());
+    if (found == buckets_.end()) buckets_.push_back(bucket);
+  }
+
+  // False when the row cannot be stepped as it is: its group or the factors are to be read on the
+  // device, its counter is on the host and could not be taken back.
+  bool add(StepRow* row) {
+    if (!row->is_live) {
+      if (waits_for_device_[row->group]) return false;
+      if (factors_.skips() && rule_.is_counted(variant(row->group))) return false;
+      row->table_row.hyper = hypers_.index(row->group,
+                                           row->counter.next(),
+                                           row->first,
+                                           row->is_double,
+                                           row->backend == Backend::cpu);
+    }
+    if (row->bucket < 0) {
+      table_.add(row->table_row, row->counter);
+    } else {
+      buckets_[row->bucket].add(row->table_row, row->counter, row->group);
+    }
+    return true;
+  }
+
+  bool empty() const {
+    const auto is_empty = [](const Bucket& bucket) { return bucket.empty(); };
+    return table_.rows.empty() && std::all_of(buckets_.begin(), buckets_.end(), is_empty);
+  }
+
+  // Needs the GIL; the devices work on after it.
+  void launch_gpu() const {
+    for (size_t slot = 0; slot < buckets_.size(); ++slot) {
+      const Bucket& bucket = buckets_[slot];
+      if (bucket.empty()) continue;
+      const LiveGroups live = bucket.is_live ? live_groups(bucket.device) : LiveGroups();
+      bucket.launch(rule_, hypers_, live, factors_, memory_, static_cast<int>(slot));
+    }
+  }
+
+  void run_cpu() const { table_.run(hypers_, factors_.inv_scale); }
+
+  // CUDA indices of the GPU engines' rows, -1 for those in the CPU's memory.
+  std::vector<int32_t> devices() const {
+    std::vector<int32_t> found;
+    for (const Bucket& bucket : buckets_) {
+      if (std::find(found.begin(), found.end(), bucket.device) == found.end())
+        found.push_back(bucket.device);
+    }
+    return found;
+  }
+
+ private:
+  void read_factors(double inv_scale, double clip, const py::object& devices) {
+    factors_ = {inv_scale, clip, {}};
+    if (devices.is_none()) return;
+    for (const auto& [device, tensors] : py::cast<py::dict>(devices)) {
+      const auto fields = py::reinterpret_borrow<py::tuple>(tensors);
+      factors_.devices.push_back({py::cast<int32_t>(device), fields[0], fields[1], fields[2]});
+    }
+  }
+
+  void read_groups(const py::list& param_groups) {
+    RawHypers raw(param_groups.size());
+    is_live_group_.resize(raw.size());
+    waits_for_device_.assign(raw.size(), false);
+    sources_.clear();
+    for (size_t g = 0; g < raw.size(); ++g) {
+      for (size_t i = 0; i < readers_.size(); ++i) {
+        const HyperValue value = readers_[i].read(param_groups[g].ptr(), is_live_group_[g]);
+        raw[g].push_back(value.number);
+        if (!value.tensor) continue;
+        sources_.push_back({static_cast<int>(g), static_cast<int>(i), value.tensor});
+        waits_for_device_[g] = true;
+      }
+    }
+    hypers_.start(std::move(raw), factors_.clip);
+  }
+
+  LiveGroups live_groups(int32_t device) const {
+    LiveGroups live;
+    for (const std::vector<double>& raw : hypers_.raw()) {
+      live.groups.emplace_back();
+      std::copy(raw.begin(), raw.end(), live.groups.back().raw);
+    }
+    for (const LiveSource& source : sources_) {
+      // A copy, where it is on another device, in the order of the streams.
+      live.copies.push_back(memory_.attr("on_device")(
+          py::handle(source.tensor), readers_[source.hyper].key(), device));
+      TensorView view;
+      if (!view_of(live.copies.back().ptr(), &view)) throw std::bad_alloc();
+      live.groups[source.group].source[source.hyper] = view.data;
+      live.groups[source.group].is_double[source.hyper] = view.dtype == DType::f64;
+    }
+    return live;
+  }
+
+  const Rule& rule_;
+  HyperCache hypers_;
+  py::object memory_;
+  std::vector<HyperReader> readers_;
+  Table table_;
+  std::vector<Bucket> buckets_;
+  StepFactors factors_;
+  std::vector<bool> is_live_group_;     // [group]
+  std::vector<bool> waits_for_device_;  // [group]: it has a source
+  std::vector<LiveSource> sources_;     // of this step
+};
+
+// What run_rows keeps of one row.
+struct GivenRow : StepRow {
+  bool read(const py::tuple& fields, Work* work) {
+    TensorView param, grad, states[kMaxStates];
+    const int variant = work->variant(group);
+    const py::tuple given = fields[2];
+    if (static_cast<int>(given.size()) != work->rule().n_states[variant]) return false;
+    if (!dlpack::view(py::object(fields[0]).ptr(), &param) ||
+        !dlpack::view(py::object(fields[1]).ptr(), &grad)) {
+      return false;
+    }
+    for (size_t i = 0; i < given.size(); ++i) {
+      if (!dlpack::view(py::object(given[i]).ptr(), &states[i])) return false;
+    }
+    const py::object step = fields[3];
+    if (!step.is_none() && !(counter.bind(step.ptr(), is_live, param) && counter.can_count()))
+      return false;
+    DTypeSet dtypes = DTypeSet::count;
+    if (!is_reachable(backend, param) || grad.dtype != param.dtype || !is_usable(grad, param) ||
+        !prepare_row(work->rule(), variant, param, states, &table_row, &dtypes)) {
+      return false;
+    }
+    table_row.grad = grad.data;
+    work->place(this, dtypes, param.cuda);
+    return work->add(this);
+  }
+};
+
+// One update of tensors given explicitly, all of one memory layout per row and no memory shared
+// between rows. rows: (param, grad, (states...), step or None, group, first, engine, live); the
+// rest as Plan::step.
+inline void run_rows(const std::string& rule_name,
+                     const py::list& param_groups,
+                     const std::vector<py::tuple>& rows,
+                     double inv_scale,
+                     double clip,
+                     const py::object& devices,
+                     const py::object& memory) {
+  Work work(find_rule(rule_name), memory);
+  std::vector<GivenRow> given(rows.size());
+  for (size_t i = 0; i < rows.size(); ++i) {
+    given[i].group = py::cast<int>(rows[i][4]);
+    given[i].first = py::cast<bool>(rows[i][5]);
+    given[i].backend = static_cast<Backend>(py::cast<int>(rows[i][6]));
+    given[i].is_live = py::cast<bool>(rows[i][7]);
+    if (given[i].is_live) work.mark_live(given[i].group);
+  }
+  work.start(param_groups, inv_scale, clip, devices);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (!given[i].read(rows[i], &work)) {
+      throw py::value_error("run_rows: the tensors of a row have no kernel together");
+    }
+  }
+  work.launch_gpu();
+  for (const GivenRow& row : given) {
+    if (row.bucket >= 0) row.counter.advance();
+  }
+  const py::gil_scoped_release unlocked;  // the caller's tuples hold the tensors
+  work.run_cpu();
+}
+
+}  // namespace pyoptim
