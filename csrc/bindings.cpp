@@ -166,6 +166,13 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("devices", &Plan::devices);
 
   m.def("run_rows", &run_rows);
+  m.def("rules", [] {
+    std::vector<std::string> names;
+#define PYOPTIM_NAME(R) names.push_back(R<float>::kName);
+    PYOPTIM_FOR_EACH_RULE(PYOPTIM_NAME)
+#undef PYOPTIM_NAME
+    return names;
+  });
   m.def("rule_info", &rule_info);
   m.def("read_hypers", &read_hypers);
   m.def("layout_facts", &layout_facts, "(is dense, is aligned) of a strided tensor");

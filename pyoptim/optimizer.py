@@ -11,10 +11,10 @@ from torch.autograd import profiler
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from pyoptim import backend
+from pyoptim import backend, ops
 from pyoptim.factors import Factors, step_factors
 from pyoptim.gpu import Memory
-from pyoptim.plan import general_step
+from pyoptim.plan import fill_lists, general_step
 from pyoptim.rows import HALF_DTYPES, Row, new_counter
 
 # Which implementation runs is this process's choice, never a checkpoint's.
@@ -114,7 +114,7 @@ class FusedOptimizer(Optimizer):
             BackendError: `backend=` names one that cannot run this; nothing has been changed.
         """
         if torch.compiler.is_dynamo_compiling():
-            return self._uncompiled_step(closure)
+            return self._compiled_step(closure)
         if self._is_observed():
             return self._observed_step() if closure is None else self._observed_step(closure)
         return self._unobserved_step(closure)
@@ -123,15 +123,66 @@ class FusedOptimizer(Optimizer):
     # when either is in use.
     step.hooked = True  # type: ignore[attr-defined]
 
+    def _compiled_step(self, closure: Callable[[], Any] | None) -> Any:
+        """Called in the place of step() by code that torch.compile compiles."""
+        if not self._is_graphable():
+            return self._uncompiled_step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            return loss if self._graph_step() else self._uncompiled_step(None)
+
+    def _is_graphable(self) -> bool:
+        return (
+            backend.native() is not None
+            and self.found_inf is None
+            and self.max_grad_norm is None
+            and (self.backend or backend.chosen()) != "reference"
+            and not (self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks)
+        )
+
+    def _graph_step(self) -> bool:
+        """Puts the step into the graph that is being compiled; False when it cannot."""
+        lists: tuple[list[Tensor], ...] = ([], [], [], [])
+        group_sizes, n_states, hypers, tensors = [], [], [], []
+        for group in self.param_groups:
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            states: list[Tensor] = []
+            steps: list[Tensor] = []
+            if not self._init_group(group, params, grads, states, steps):
+                return False
+            for whole, part in zip(lists, (params, grads, states, steps), strict=True):
+                whole.extend(part)
+            group_sizes.append(len(params))
+            n_states.append(len(self.state_names(group)))
+            numbers, others = ops.flat_hypers(ops.HYPER_NAMES[self.rule], group)
+            hypers.extend(numbers)
+            tensors.extend(others)
+        engine = self.backend or backend.chosen()
+        torch.ops.pyoptim.step_(self.rule, *lists, group_sizes, n_states, hypers, tensors, engine)
+        return True
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[Tensor],
+        steps: list[Tensor],
+    ) -> bool:
+        """Fills the lists, and the state; False when the kernels cannot run the group.
+
+        torch's compiler knows the method by its name: it calls it instead of tracing it, and turns
+        the tensors in the lists into inputs of the graph.
+        """
+        return fill_lists(self, group, params, grads, states, steps)
+
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _uncompiled_step(self, closure: Callable[[], Any] | None) -> Any:
-        """Called in the place of step() by code that torch.compile compiles; breaks its graph."""
-        # torch 2.13's compiler writes capturable=True into every group that the code looks at.
-        if not self.defaults.get("capturable"):
-            for group in self.param_groups:
-                group.pop("capturable", None)
-                if "capturable" in self.defaults:
-                    group["capturable"] = False
+        """Breaks the graph that is being compiled."""
         return self.step(closure)
 
     def _is_observed(self) -> bool:
@@ -226,6 +277,18 @@ class FusedOptimizer(Optimizer):
 
     def _dtype_of_state(self, param: Tensor) -> torch.dtype:
         return self.state_dtype if self.state_dtype and param.dtype in HALF_DTYPES else param.dtype
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state as torch's optimizers do, for any of them to load."""
+        # torch 2.13's compiler writes capturable=True into every group that compiled code looks at.
+        for group in self.param_groups:
+            if not self.defaults.get("capturable") and all(p.is_cpu for p in group["params"]):
+                group.pop("capturable", None)
+                if "capturable" in self.defaults:
+                    group["capturable"] = False
+        state: dict[str, Any] = super().state_dict()
+        return state
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

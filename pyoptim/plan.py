@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyoptim import backend
 from pyoptim.factors import Factors, step_factors
-from pyoptim.gpu import index_of
+from pyoptim.gpu import Memory, index_of
 from pyoptim.rows import (
     Row,
     checked_rows,
@@ -71,13 +71,41 @@ def _step_rows(optimizer: FusedOptimizer) -> Any:
     factors = step_factors(optimizer, [row.grad for row in rows], is_on_gpu, devices)
     if factors is None:
         return None
-    fill_states(optimizer, rows, factors.writes_grads)
+    fill_states(optimizer, rows, with_grads=factors.writes_grads)
     # Rows that share memory see each other's result, in order, as in torch's for-loop.
     if share_memory(rows, factors.writes_grads):
         for row in rows:
             _run(optimizer, [row], factors)
         return None
     return _make_plan(optimizer, rows) if _run(optimizer, rows, factors) else None
+
+
+def fill_lists(
+    optimizer: FusedOptimizer,
+    group: Mapping[str, Any],
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[Tensor],
+    steps: list[Tensor],
+) -> bool:
+    """Makes the state of one group and lists its tensors for `ops.step_`; False if kernels cannot.
+
+    Raises:
+        RuntimeError, AssertionError, BackendError: as a step.
+    """
+    of_group = [g for g, own in enumerate(optimizer.param_groups) if own is group]
+    rows = [row for row in checked_rows(optimizer, False) if row.group in of_group]
+    if group.get("differentiable") or any(row.param is not row.key for row in rows):
+        return False
+    fill_states(optimizer, rows, with_grads=False, with_counters=True)
+    if share_memory(rows) or not all(row.has_kernel for row in rows):
+        return False
+    for row in rows:
+        params.append(row.param)
+        grads.append(row.grad)
+        states.extend(row.states)
+        steps.extend([] if row.step is None else [row.step])
+    return True
 
 
 def _check_hypers(optimizer: FusedOptimizer) -> None:
@@ -92,9 +120,9 @@ def _check_hypers(optimizer: FusedOptimizer) -> None:
 def _run(optimizer: FusedOptimizer, rows: list[Row], factors: Factors) -> bool:
     """Updates the rows; says whether all of them went straight through the kernels."""
     fused = [row for row in rows if row.has_kernel]
-    staged = [_Staged(row, factors.writes_grads) for row in fused]
+    staged = [Staged(row, factors.writes_grads) for row in fused]
     if staged:
-        _run_fused(optimizer, staged, factors)
+        run_staged(optimizer.rule, optimizer.param_groups, staged, factors, optimizer._memory)
     done = {id(row) for row in fused}
     for row in rows:
         if id(row) not in done:
@@ -102,24 +130,25 @@ def _run(optimizer: FusedOptimizer, rows: list[Row], factors: Factors) -> bool:
     return len(staged) == len(rows) and not any(s.is_copied for s in staged)
 
 
-def _run_fused(optimizer: FusedOptimizer, staged: list[_Staged], factors: Factors) -> None:
+def run_staged(
+    rule: str,
+    groups: list[dict[str, Any]],
+    staged: list[Staged],
+    factors: Factors,
+    memory: Memory,
+) -> None:
+    """Updates rows that have a kernel; no two of them share memory."""
     native = backend.native()
     assert native is not None
     with torch.no_grad():
-        native.run_rows(
-            optimizer.rule,
-            optimizer.param_groups,
-            [s.fields() for s in staged],
-            factors.inv_scale,
-            factors.clip,
-            factors.devices,
-            optimizer._memory,
-        )
+        fields = [s.fields() for s in staged]
+        inv_scale, clip = factors.inv_scale, factors.clip
+        native.run_rows(rule, groups, fields, inv_scale, clip, factors.devices, memory)
         for s in staged:
             s.write_back()
 
 
-class _Staged:
+class Staged:
     """A row whose tensors share one dense layout: copies where the originals do not."""
 
     def __init__(self, row: Row, with_grad: bool) -> None:

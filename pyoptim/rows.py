@@ -61,11 +61,14 @@ def checked_rows(optimizer: FusedOptimizer, has_scaler: bool) -> list[Row]:
     ]
 
 
-def fill_states(optimizer: FusedOptimizer, rows: list[Row], with_grads: bool) -> None:
+def fill_states(
+    optimizer: FusedOptimizer, rows: list[Row], with_grads: bool, with_counters: bool = False
+) -> None:
     """Gives the rows their states, new ones where there are none, and tells autograd of the step.
 
     Args:
         with_grads: the gradients will be written too.
+        with_counters: whoever makes the step learns from a counter whether a buffer is new.
 
     Raises:
         RuntimeError: a state cannot be used; the optimizer is as it was.
@@ -75,7 +78,7 @@ def fill_states(optimizer: FusedOptimizer, rows: list[Row], with_grads: bool) ->
         # State made under inference_mode would be of no use to a step outside it.
         with torch.inference_mode(False), torch.no_grad():
             for row in rows:
-                created.fill(row)
+                created.fill(row, with_counters)
         _bump_versions(rows, with_grads)
     except BaseException:
         created.undo()
@@ -113,7 +116,9 @@ def _checked_row(
     choice = optimizer.backend or backend.chosen()
     is_recorded = bool(group.get("differentiable"))
     row.backend = "reference" if is_recorded else backend.select(choice, row.param)
-    _check_mode(row, group)
+    # torch's compiler writes capturable=True into groups that did not ask for it.
+    is_capturable = bool(group.get("capturable") and optimizer.defaults.get("capturable"))
+    _check_mode(row, group, is_capturable)
     if row.backend in backend.ENGINES and not _has_memory(row):
         if choice == row.backend:
             raise backend.BackendError(
@@ -153,10 +158,10 @@ def _waits_for_device(group: Mapping[str, Any]) -> bool:
     return False
 
 
-def _check_mode(row: Row, group: Mapping[str, Any]) -> None:
+def _check_mode(row: Row, group: Mapping[str, Any], is_capturable: bool) -> None:
     """Raises where torch does for the parameter's device or the mode autograd is in."""
     device, is_on_gpu = row.param.device, row.backend in backend.GPU_ENGINES
-    if group.get("capturable") and device.type in ("cpu", "meta") and not is_on_gpu:
+    if is_capturable and device.type in ("cpu", "meta") and not is_on_gpu:
         raise AssertionError(
             f"capturable=True needs parameters on an accelerator, but {row.place} is on {device}; "
             "use capturable=False"
@@ -276,7 +281,7 @@ class _Created:
         self._undo: list[Callable[[], object]] = []
         self._new_buffers: set[int] = set()  # of which state entries, by id
 
-    def fill(self, row: Row) -> None:
+    def fill(self, row: Row, with_counter: bool) -> None:
         """Gives the row its state and step counter, new ones where the optimizer has none."""
         optimizer = self._optimizer
         names = optimizer.state_names(optimizer.param_groups[row.group])
@@ -293,7 +298,9 @@ class _Created:
             self._fill_state(row, entry, name)
         # A parameter listed twice finds the buffer that its first row was just given.
         row.first = id(entry) in self._new_buffers
-        if row.is_live and names and not optimizer.counts_steps:
+        if optimizer.counts_steps or not names:
+            return
+        if row.is_live or with_counter or row.key in optimizer._counters:
             self._fill_hidden_counter(row)
 
     def _fill_state(self, row: Row, entry: dict[str, Any], name: str) -> None:
@@ -312,6 +319,8 @@ class _Created:
         if row.key not in counters or row.first:
             self._put(counters, row.key, _live_counter(0.0 if row.first else 1.0, row.param))
         row.step = counters[row.key]
+        if not row.is_live:
+            row.first = float(row.step) == 0
 
     def _fill_step(self, row: Row, entry: dict[str, Any]) -> None:
         step = entry.get("step", 0.0)

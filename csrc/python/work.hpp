@@ -254,6 +254,8 @@ struct GivenRow : StepRow {
     const py::object step = fields[3];
     if (!step.is_none() && !(counter.bind(step.ptr(), is_live, param) && counter.can_count()))
       return false;
+    // A rule that does not count steps uses a counter to tell a new buffer.
+    if (!work->rule().counts_steps && counter.data && !is_live) first = counter.next() == 1.0;
     DTypeSet dtypes = DTypeSet::count;
     if (!is_reachable(backend, param) || grad.dtype != param.dtype || !is_usable(grad, param) ||
         !prepare_row(work->rule(), variant, param, states, &table_row, &dtypes)) {
