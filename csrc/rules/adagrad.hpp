@@ -27,7 +27,7 @@ struct Adagrad {
     T sign, weight_decay, eps, lr;
   };
 
-  static Hyper prepare(const double* raw, double step, bool) {
+  PYOPTIM_HD static Hyper prepare(const double* raw, double step, bool) {
     Hyper h;
     h.sign = raw[kMaximize] != 0 ? T(-1) : T(1);
     h.weight_decay = static_cast<T>(raw[kWeightDecay]);

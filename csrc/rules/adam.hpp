@@ -37,7 +37,7 @@ struct Adam {
         step_size;
   };
 
-  static Hyper prepare(const double* raw, double step, bool) {
+  PYOPTIM_HD static Hyper prepare(const double* raw, double step, bool) {
     const bool decoupled = raw[kDecoupled] != 0;
     Hyper h;
     h.sign = raw[kMaximize] != 0 ? T(-1) : T(1);

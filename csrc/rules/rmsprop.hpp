@@ -32,7 +32,7 @@ struct RmsProp {
     T sign, weight_decay, alpha, one_minus_alpha, momentum, eps, lr;
   };
 
-  static Hyper prepare(const double* raw, double, bool) {
+  PYOPTIM_HD static Hyper prepare(const double* raw, double, bool) {
     Hyper h;
     h.sign = raw[kMaximize] != 0 ? T(-1) : T(1);
     h.weight_decay = static_cast<T>(raw[kWeightDecay]);

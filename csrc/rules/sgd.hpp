@@ -24,7 +24,7 @@ struct Sgd {
     T sign, weight_decay, momentum, undamped, nesterov, first, lr;
   };
 
-  static Hyper prepare(const double* raw, double, bool first) {
+  PYOPTIM_HD static Hyper prepare(const double* raw, double, bool first) {
     Hyper h;
     h.sign = raw[kMaximize] != 0 ? T(-1) : T(1);
     h.weight_decay = static_cast<T>(raw[kWeightDecay]);

@@ -1,0 +1,91 @@
+// What every kernel is written with: CUDA itself, or the emulator that runs the same text on a CPU.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <type_traits>
+
+#if defined(PYOPTIM_EMULATOR)
+#include "emulator/cuda.hpp"
+#else
+#include <cuda_runtime.h>
+#define PYOPTIM_SHARED(T, name, n) __shared__ T name[n]
+#endif
+
+namespace pyoptim::gpu {
+
+constexpr int kThreads = 256;  // of every block
+constexpr int kWarp = 32;
+
+// What a kernel's parameters may hold: tables travel in them, so that a step allocates nothing,
+// copies nothing and can be captured. Beyond 4 KB it takes CUDA 12.1's compiler, a driver of its
+// age (probe asks for one) and compute capability 7.0.
+#if defined(PYOPTIM_EMULATOR) || CUDART_VERSION >= 12010
+constexpr int kParameterBytes = 32764;
+#else
+constexpr int kParameterBytes = 4096;
+#endif
+
+inline std::atomic<int64_t> n_launches{0};
+
+#if defined(PYOPTIM_EMULATOR)
+
+template <class... P>
+cudaError_t launch(void (*kernel)(P...),
+                   int64_t n_blocks,
+                   cudaStream_t stream,
+                   const std::remove_reference_t<P>&... parameters) {
+  n_launches += 1;
+  return emulator::run(n_blocks, kThreads, stream, [&] { kernel(parameters...); });
+}
+
+#else
+
+// cudaLaunchKernel takes the parameters where they are; <<<>>> would copy a table once more.
+template <class... P>
+cudaError_t launch(void (*kernel)(P...),
+                   int64_t n_blocks,
+                   cudaStream_t stream,
+                   const std::remove_reference_t<P>&... parameters) {
+  n_launches += 1;
+  void* addresses[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel),
+                          dim3(static_cast<unsigned>(n_blocks)),
+                          dim3(kThreads),
+                          addresses,
+                          0,
+                          stream);
+}
+
+#endif
+
+namespace {
+
+// W elements that one access moves; at most 16 bytes at once.
+template <class E, int W>
+struct alignas(sizeof(E) * W < 16 ? sizeof(E) * W : 16) Pack {
+  E x[W];
+};
+
+template <class E, int W>
+__device__ __forceinline__ bool is_aligned(const E* data) {
+  return reinterpret_cast<uintptr_t>(data) % alignof(Pack<E, W>) == 0;
+}
+
+// The row that a block belongs to: the last one that starts no later. Rows without a block are in
+// no table.
+__device__ __forceinline__ int find_row(const int32_t* first_block, int n_rows, int32_t block) {
+  int low = 0, high = n_rows;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (first_block[middle] <= block) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+}  // namespace
+}  // namespace pyoptim::gpu

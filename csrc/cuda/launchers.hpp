@@ -1,0 +1,46 @@
+// What the engine's files offer each other: one function per kernel, which returns the first error.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/api.hpp"
+#include "cuda/device.hpp"
+
+namespace pyoptim::gpu {
+
+// What Api::tune sets; 0 leaves the choice to the engine.
+struct Settings {
+  int64_t chunk;
+  int64_t rows_per_launch;
+};
+Settings settings();
+
+// Elements per block. Two 16-byte accesses per array, of the smallest elements, keep every thread
+// busy once; more of them per block where the step is large enough for thousands of blocks anyway.
+inline int64_t choose_chunk(int64_t total) {
+  constexpr int64_t kLeast = 2 * 8 * kThreads, kMost = 16 * kLeast, kBlocks = 4096, kVector = 8;
+  if (const int64_t asked = settings().chunk) return (asked + kVector - 1) / kVector * kVector;
+  return std::clamp((total / kBlocks + kLeast - 1) / kLeast * kLeast, kLeast, kMost);
+}
+
+inline int choose_rows(int capacity) {
+  const int64_t asked = settings().rows_per_launch;
+  return static_cast<int>(asked > 0 ? std::min<int64_t>(asked, capacity) : capacity);
+}
+
+// More blocks than this are too many for one launch.
+constexpr int64_t kMaxBlocks = 0x7fffffff;
+
+#define PYOPTIM_DECLARE(Rule)                             \
+  cudaError_t update_##Rule(const Update&, cudaStream_t); \
+  cudaError_t prepare_##Rule(const Prepare&, cudaStream_t);
+PYOPTIM_FOR_EACH_RULE(PYOPTIM_DECLARE)
+#undef PYOPTIM_DECLARE
+
+cudaError_t partials(const Partials&, cudaStream_t);
+cudaError_t norms(const Norms&, cudaStream_t);
+cudaError_t clip(const Clip&, cudaStream_t);
+cudaError_t scale(const Scale&, cudaStream_t);
+cudaError_t row_sums(const RowSums&, cudaStream_t);
+
+}  // namespace pyoptim::gpu
