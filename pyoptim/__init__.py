@@ -4,6 +4,7 @@ from pyoptim._version import __version__
 from pyoptim.adagrad import Adagrad
 from pyoptim.adam import Adam, AdamW
 from pyoptim.backend import BackendError, use_backend
+from pyoptim.norms import clip_grad_norm_, row_sums, tensor_norms, total_norm
 from pyoptim.rmsprop import RMSprop
 from pyoptim.sgd import SGD
 
@@ -15,5 +16,9 @@ __all__ = [
     "BackendError",
     "RMSprop",
     "__version__",
+    "clip_grad_norm_",
+    "row_sums",
+    "tensor_norms",
+    "total_norm",
     "use_backend",
 ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pyoptim import backend
 from pyoptim.gpu import Memory, index_of
 
 if TYPE_CHECKING:
@@ -102,7 +103,8 @@ def _clip_factors(
     from pyoptim import norms
 
     assert optimizer.max_grad_norm is not None
-    clips = norms.clip_factor(grads, optimizer.max_grad_norm, inv_scale, scale)
+    choice = optimizer.backend or backend.chosen()
+    clips = norms.clip_factor(grads, optimizer.max_grad_norm, inv_scale, scale, choice)
     return {
         index_of(device): torch.as_tensor(clip, dtype=torch.float64)
         for device, clip in clips.items()

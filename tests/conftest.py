@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from engines import GPU_ENGINES, running
 from hypothesis import HealthCheck, settings
 
 import pyoptim
@@ -55,3 +56,12 @@ def process_settings() -> Iterator[None]:
         NATIVE.set_isa(isa)
         if symbols and NATIVE.access_path() != "libtorch symbols":
             backend._use_symbols_if_sound(NATIVE)
+
+
+@pytest.fixture(params=("cpu", *GPU_ENGINES))
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of an engine, able to run."""
+    if NATIVE is None:
+        pytest.skip(f"pyoptim._C is missing: {backend.status()['cpu']}")
+    with running(request.param) as name:
+        yield name

@@ -55,7 +55,10 @@ def test_signature_is_torchs_with_options_added(name: str) -> None:
         (p.name, p.kind, p.default) for p in theirs
     ]
     added = [(p.name, p.kind, p.default) for p in ours[len(theirs) :]]
-    assert added == [(n, inspect.Parameter.KEYWORD_ONLY, None) for n in ("state_dtype", "backend", "max_grad_norm")]
+    assert added == [
+        (n, inspect.Parameter.KEYWORD_ONLY, None)
+        for n in ("state_dtype", "backend", "max_grad_norm")
+    ]
 
 
 @each_class

@@ -10,6 +10,12 @@
 
 namespace pyoptim::cpu {
 
+// What a FoldKernel makes of a chunk; the first three are numbered as in reduce::Kind.
+enum class Fold : int { squares = 0, magnitudes, maximum, products, values, count };
+
+// Folds the elements of one chunk in the order of reduce/order.hpp. b is read by products only.
+using FoldKernel = double (*)(const void* a, const void* b, int64_t numel);
+
 // One instruction set's kernels.
 struct KernelTable {
   const char* isa;
@@ -23,6 +29,7 @@ struct KernelTable {
                  int n_read_write,
                  int64_t begin,
                  int64_t end);
+  FoldKernel fold[static_cast<int>(Fold::count)][4];  // by DType; values of float64 only
   // Over the float32 bit patterns [first, last]: how many vector roots differ from the scalar one.
   int64_t (*count_wrong_roots)(uint32_t first, uint32_t last);
 };

@@ -1,6 +1,7 @@
 // Loops over one contiguous segment; included once per instruction set, which the file that
 // includes this names.
 #include "cpu/engine.hpp"
+#include "cpu/reduce.inl"
 #include "cpu/simd.hpp"
 
 namespace pyoptim::cpu {
@@ -203,6 +204,7 @@ KernelTable make_table(const char* isa) {
   table.unscale[static_cast<int>(DType::f32)] = unscale_segment<float>;
   table.unscale[static_cast<int>(DType::bf16)] = unscale_segment<Bf16>;
   table.unscale[static_cast<int>(DType::f16)] = unscale_segment<F16>;
+  fill_folds(&table);
   table.stream = stream_segment;
   table.count_wrong_roots = count_wrong_roots;
   return table;

@@ -4,8 +4,8 @@
 // A tensor is cut into chunks of kChunk elements. Within a chunk lane l adds, in float64, the terms
 // of the elements l, l + kLanes, l + 2*kLanes ... in this order, starting from 0; then the upper
 // half of the lanes is added to the lower half until one is left. The partial results of several
-// chunks are summed in the same way, each as one element. Products of float32 numbers are exact in
-// float64, so that a fused multiply-add changes nothing.
+// chunks, however many there are, are summed in the same way, each as one element of one chunk.
+// Products of float32 numbers are exact in float64, so that a fused multiply-add changes nothing.
 #pragma once
 
 #include <cstdint>

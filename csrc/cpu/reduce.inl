@@ -1,0 +1,167 @@
+// Folds one chunk to one number in the canonical order; included once per instruction set.
+#include "cpu/engine.hpp"
+#include "cpu/simd.hpp"
+#include "reduce/order.hpp"
+
+namespace pyoptim::cpu {
+namespace {
+
+using reduce::kLanes;
+
+constexpr int64_t kDoubles = kVectorBytes / sizeof(double);
+constexpr int64_t kPair = 2 * kDoubles;  // elements of one vector of float32
+static_assert(kLanes % kPair == 0, "a round is whole vectors");
+
+// Consecutive elements in float64.
+struct Pair {
+  DoubleV low, high;
+};
+
+// gcc 12 makes three times the instructions of __builtin_convertvector here.
+#if defined(__AVX512F__)
+PYOPTIM_HD Pair widen_floats(FloatV x) {
+  return {(DoubleV)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)),
+          (DoubleV)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1))};
+}
+#elif defined(__AVX2__)
+PYOPTIM_HD Pair widen_floats(FloatV x) {
+  return {(DoubleV)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)),
+          (DoubleV)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1))};
+}
+#elif defined(__x86_64__)
+PYOPTIM_HD Pair widen_floats(FloatV x) {
+  const __m128 upper = _mm_movehl_ps((__m128)x, (__m128)x);
+  return {(DoubleV)_mm_cvtps_pd((__m128)x), (DoubleV)_mm_cvtps_pd(upper)};
+}
+#else
+PYOPTIM_HD Pair widen_floats(FloatV x) {
+  Pair wide;
+  for (int64_t i = 0; i < kDoubles; ++i) {
+    wide.low[i] = x[i];
+    wide.high[i] = x[i + kDoubles];
+  }
+  return wide;
+}
+#endif
+
+PYOPTIM_HD Pair load_pair(const double* from) {
+  return {load_vector(from), load_vector(from + kDoubles)};
+}
+template <class E>
+PYOPTIM_HD Pair load_pair(const E* from) {
+  return widen_floats(load_vector(from));
+}
+
+template <Fold kFold, class X>
+PYOPTIM_HD X fold_two(X a, X b) {
+  if constexpr (kFold == Fold::maximum) return max_keep_nan(a, b);
+  return a + b;
+}
+
+PYOPTIM_HD double magnitude(double x) { return __builtin_fabs(x); }
+PYOPTIM_HD DoubleV magnitude(DoubleV x) {
+  using LongV = int64_t __attribute__((vector_size(kVectorBytes)));
+  return bit_cast<DoubleV>(bit_cast<LongV>(x) & INT64_MAX);
+}
+
+// What is added up; b is read by products only.
+template <Fold kFold, class E>
+struct Terms {
+  const E *a, *b;
+
+  PYOPTIM_HD double one(int64_t i) const {
+    const double x = load(a[i]);
+    if constexpr (kFold == Fold::products) return x * load(b[i]);
+    return term(x);
+  }
+  PYOPTIM_HD void add(int64_t i, Pair* sum) const {
+    Pair x = load_pair(a + i);
+    if constexpr (kFold == Fold::products) {
+      const Pair y = load_pair(b + i);
+      x = {x.low * y.low, x.high * y.high};
+    } else {
+      x = {term(x.low), term(x.high)};
+    }
+    sum->low = fold_two<kFold>(sum->low, x.low);
+    sum->high = fold_two<kFold>(sum->high, x.high);
+  }
+
+ private:
+  template <class X>
+  PYOPTIM_HD static X term(X x) {
+    if constexpr (kFold == Fold::squares) return x * x;
+    if constexpr (kFold == Fold::values) return x;
+    return magnitude(x);
+  }
+};
+
+// Adds elements from `begin` on to the first n lanes; n is a multiple of kPair. Asks for memory two
+// rounds ahead: on Sapphire Rapids that raised 20 M float32 from 11 to 15 GB/s and bfloat16 from 6
+// to 14 on one core, as much as several rounds at a time did.
+template <Fold kFold, class E>
+PYOPTIM_HD void add_round(const Terms<kFold, E>& terms, int64_t begin, int64_t n, double* lanes) {
+  for (int64_t l = 0; l < n; l += kPair) {
+    __builtin_prefetch(terms.a + begin + l + 2 * kLanes);
+    Pair sum = load_pair(lanes + l);
+    terms.add(begin + l, &sum);
+    store_vector(lanes + l, sum.low);
+    store_vector(lanes + l + kDoubles, sum.high);
+  }
+}
+
+// Folds the upper half of the lanes onto the lower until one is left. Lanes from n on are 0, which
+// changes no other: they are folded only as far as `width`, a power of two.
+template <Fold kFold>
+PYOPTIM_HD double fold_lanes(double* lanes, int64_t width) {
+  for (int64_t half = width / 2; half > 0; half /= 2) {
+    int64_t l = 0;
+    for (; l + kDoubles <= half; l += kDoubles) {
+      const DoubleV low = load_vector(lanes + l), high = load_vector(lanes + l + half);
+      store_vector(lanes + l, fold_two<kFold>(low, high));
+    }
+    for (; l < half; ++l) lanes[l] = fold_two<kFold>(lanes[l], lanes[l + half]);
+  }
+  return lanes[0];
+}
+
+// The smallest power of two that is not below n, at most kLanes.
+PYOPTIM_HD int64_t lanes_in_use(int64_t n) {
+  int64_t width = 1;
+  while (width < n && width < kLanes) width *= 2;
+  return width;
+}
+
+template <Fold kFold, class E>
+double fold_chunk(const void* a, const void* b, int64_t numel) {
+  const Terms<kFold, E> terms{static_cast<const E*>(a), static_cast<const E*>(b)};
+  const int64_t width = lanes_in_use(numel);
+  alignas(64) double lanes[kLanes];
+  std::memset(lanes, 0, width * sizeof(double));
+  int64_t i = 0;
+  for (; i + kLanes <= numel; i += kLanes) add_round(terms, i, kLanes, lanes);
+  const int64_t left = numel - i, whole = left - left % kPair;
+  add_round(terms, i, whole, lanes);
+  for (int64_t l = whole; l < left; ++l) lanes[l] = fold_two<kFold>(lanes[l], terms.one(i + l));
+  return fold_lanes<kFold>(lanes, width);
+}
+
+template <Fold kFold>
+void fill_fold(KernelTable* table) {
+  FoldKernel* const by_dtype = table->fold[static_cast<int>(kFold)];
+  by_dtype[static_cast<int>(DType::f64)] = fold_chunk<kFold, double>;
+  by_dtype[static_cast<int>(DType::f32)] = fold_chunk<kFold, float>;
+  by_dtype[static_cast<int>(DType::bf16)] = fold_chunk<kFold, Bf16>;
+  by_dtype[static_cast<int>(DType::f16)] = fold_chunk<kFold, F16>;
+}
+
+void fill_folds(KernelTable* table) {
+  fill_fold<Fold::squares>(table);
+  fill_fold<Fold::magnitudes>(table);
+  fill_fold<Fold::maximum>(table);
+  fill_fold<Fold::products>(table);
+  table->fold[static_cast<int>(Fold::values)][static_cast<int>(DType::f64)] =
+      fold_chunk<Fold::values, double>;
+}
+
+}  // namespace
+}  // namespace pyoptim::cpu
