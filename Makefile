@@ -44,7 +44,7 @@ lint: $(venv)/.lint
 	@$(python) -m ruff check .
 	@$(python) -m ruff format --check .
 	@$(python) -m mypy
-	@$(venv)/bin/clang-format --dry-run -Werror $(filter %.hpp %.inl %.cpp,$(sources)) tests/sanitize/*.cpp
+	@$(venv)/bin/clang-format --dry-run -Werror $(filter %.hpp %.inl %.cpp %.cu %.cuh,$(sources)) tests/sanitize/*.cpp
 
 sanitize: sanitize-address sanitize-thread
 
@@ -63,7 +63,7 @@ sanitize-thread: $(venv)/.installed
 
 clean:
 	rm -rf $(venv) build dist .hypothesis .pytest_cache .mypy_cache .ruff_cache .benchmarks .coverage
-	rm -rf *.egg-info pyoptim/_C.*.so pyoptim/_build_info.json
+	rm -rf *.egg-info pyoptim/_C.*.so pyoptim/_cuda.so pyoptim/_build_info.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- set-up: each stage leaves a stamp in the virtual environment, so a stage runs once ----
@@ -117,6 +117,8 @@ requirements := import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb
     extras = p["project"]["optional-dependencies"]; \
     lines = p["build-system"]["requires"] + sum((extras[name] for name in sys.argv[1:]), []); \
     print(*lines, sep="\n")
-outcome := import json, sys; cpu = json.load(open("pyoptim/_build_info.json"))["cpu"]; \
+outcome := import json, sys; info = json.load(open("pyoptim/_build_info.json")); \
+    cpu, cuda = info["cpu"], info["cuda"]; \
     print("   kernels:", ", ".join(cpu["isas"]) or "none, the reference will run: " + cpu["reason"]); \
+    print("   CUDA engine:", "for " + ", ".join(cuda["archs"]) if cuda["built"] else "none: " + cuda["reason"]); \
     sys.exit(not cpu["built"])

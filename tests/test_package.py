@@ -1,13 +1,15 @@
 """The package as users get it: sdist, wheel, editable install, no compiler, and the command line.
 
 Builds run in a copy of the source tree that takes along the object files of the last build, so that
-they compile only what changed.
+they compile only what changed. The CUDA engine is built by a toolkit that is made up, so that its
+tests need neither minutes nor nvcc; tests/test_cuda_build.py looks at what the real one makes.
 """
 
 import importlib
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import sysconfig
@@ -50,6 +52,7 @@ def run(
     *words: object, cwd: Path, python: Path | str = sys.executable, **env: str
 ) -> subprocess.CompletedProcess[str]:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYOPTIM_")}
+    inherited["PYOPTIM_CUDA"] = "0"
     # ninja lies beside the Python that runs the tests.
     inherited["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
@@ -143,7 +146,9 @@ def test_sdist_holds_what_a_build_and_the_tests_need(sdist: Path) -> None:
         assert name in names
     for folder in ("csrc", "kernels", "bench"):
         sources = [
-            path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".hpp", ".cpp")
+            path
+            for path in (ROOT / folder).rglob("*")
+            if path.suffix in (".py", ".hpp", ".cpp", ".inl", ".cu", ".cuh")
         ]
         assert {path.relative_to(ROOT).as_posix() for path in sources} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc", "_build_info.json"))]
@@ -215,8 +220,11 @@ def test_editing_a_header_rebuilds_what_includes_it(source: Path) -> None:
     [plan] = source.glob("build/ninja-*/build.ninja")
     ninja = [shutil.which("ninja", path=sysconfig.get_path("scripts")) or "ninja", "-n", "-f", plan]
     assert "no work to do" in subprocess.check_output(ninja, cwd=source, text=True)
-    (source / "csrc/cpu/engine.inl").touch()
+    header = source / "csrc/cpu/engine.inl"
+    before = header.stat()
+    header.touch()
     steps = subprocess.check_output(ninja, cwd=source, text=True)
+    os.utime(header, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert "csrc/cpu/isa_baseline.cpp" in steps
     assert "csrc/bindings.cpp" not in steps
 
@@ -251,12 +259,19 @@ def test_without_kernels_one_line_says_why_and_the_reference_runs(
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        ({"PYOPTIM_CUDA": "1"}, "this version of pyoptim has no CUDA kernels"),
+        (
+            {"PYOPTIM_CUDA": "1", "PYOPTIM_CPU": "0"},
+            "PYOPTIM_CUDA=1, but _cuda.so cannot be built: it is used through pyoptim._C",
+        ),
         ({"PYOPTIM_CUDA": "yes"}, "PYOPTIM_CUDA='yes' is not understood; use auto, 0 or 1"),
+        (
+            {"PYOPTIM_CUDA_ARCHS": "90;banana"},
+            "PYOPTIM_CUDA_ARCHS='90;banana' is not understood; use compute capabilities",
+        ),
         ({"PYOPTIM_CPU": "1", "CXX": "/bin/false"}, "PYOPTIM_CPU=1, but _C cannot be built"),
         ({"PYOPTIM_SANITIZE": "memory"}, "PYOPTIM_SANITIZE='memory' is not understood"),
     ],
-    ids=["cuda", "cuda_choice", "cpu", "sanitizer"],
+    ids=["cuda", "cuda_choice", "cuda_archs", "cpu", "sanitizer"],
 )
 def test_build_fails_when_a_request_cannot_be_met(
     source: Path, tmp_path: Path, env: dict[str, str], message: str
@@ -267,16 +282,168 @@ def test_build_fails_when_a_request_cannot_be_met(
 
 
 @pytest.mark.parametrize(
-    ("choice", "reason"), [("auto", "no CUDA kernels"), ("0", "PYOPTIM_CUDA=0")]
+    ("env", "reason"),
+    [
+        ({"PYOPTIM_CUDA": "0"}, "PYOPTIM_CUDA=0"),
+        ({}, "it is used through pyoptim._C, which is not built"),
+        ({"PYOPTIM_SANITIZE": "thread"}, "PYOPTIM_SANITIZE instruments code of the CPU only"),
+    ],
+    ids=["not_wanted", "no_module", "sanitizer"],
 )
 def test_build_info_says_why_there_is_no_cuda(
-    source: Path, tmp_path: Path, choice: str, reason: str
+    source: Path, tmp_path: Path, env: dict[str, str], reason: str
 ) -> None:
-    env = {"PYOPTIM_CPU": "0", "PYOPTIM_CUDA": choice}
+    env = {"PYOPTIM_CPU": "0", "PYOPTIM_CUDA": "auto", **env}
     output(run("setup.py", "-q", "build_ext", "--build-lib", tmp_path, cwd=source, **env))
-    cuda = build_info(tmp_path / "pyoptim")["cuda"]
-    assert not cuda["built"]
-    assert reason in cuda["reason"]
+    missing = {"built": False, "reason": reason, "compiler": None, "flags": [], "archs": []}
+    assert build_info(tmp_path / "pyoptim")["cuda"] == missing
+
+
+# Knows three architectures, and "compiles" by writing its command line into the output.
+NVCC = """#!/bin/sh
+case "$*" in
+    --version) echo "Cuda compilation tools, release 99.1, V99.1.7"; exit ;;
+    --list-gpu-arch) printf 'compute_90\\ncompute_80\\ncompute_120\\n'; exit ;;
+    --help) echo "--compress-mode"; exit ;;
+esac
+words="$*"
+{failure}
+while [ "$1" != -o ]; do shift; done
+echo "$words" >"$2"
+"""
+
+
+@dataclass
+class Toolkit:
+    """A CUDA toolkit and a driver, made up of shell scripts."""
+
+    folder: Path
+
+    def write(self, name: str, script: str) -> Path:
+        path = self.folder / "bin" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(script)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        return path
+
+    def build(self, source: Path, target: Path, **env: str) -> subprocess.CompletedProcess[str]:
+        path = f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        home = {"PYOPTIM_CUDA": "auto", "CUDA_HOME": str(self.folder), "PATH": path}
+        command = ("setup.py", "-q", "build_ext", "--build-lib", target)
+        return run(*command, cwd=source, **{**home, **env})
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path) -> Toolkit:
+    made = Toolkit(tmp_path / "toolkit")
+    made.write("nvcc", NVCC.format(failure=""))
+    made.write("nvidia-smi", "#!/bin/sh\nexit 9\n")
+    return made
+
+
+@needs_compiler
+def test_wheel_holds_the_cuda_engine(source: Path, tmp_path: Path, toolkit: Toolkit) -> None:
+    env = {"PYOPTIM_CUDA": "1", "PYOPTIM_NVCC": str(toolkit.folder / "bin" / "nvcc")}
+    built = zipfile.ZipFile(build("build_wheel", source, tmp_path / "dist", **env))
+    command = built.read("pyoptim/_cuda.so").decode()
+    assert "-shared -cudart static" in command
+    assert {f"update.cu.{rule}.o" for rule in ("Sgd", "Adam", "RmsProp", "Adagrad")} <= {
+        Path(word).name for word in command.split()
+    }
+    cuda = json.loads(built.read("pyoptim/_build_info.json"))["cuda"]
+    assert (cuda["built"], cuda["reason"]) == (True, None)
+    assert cuda["compiler"] == "nvcc 99.1.7"
+    assert {"--fmad=false", "--compress-mode=size"} <= set(cuda["flags"])
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("gpus", "asked", "archs"),
+    [
+        ("9.0\n9.0\n8.0", "", ["80", "90"]),
+        ("9.0", "120, 80", ["80", "120"]),
+        ("13.0", "", ["80", "90", "120"]),
+        (None, "", ["80", "90", "120"]),
+    ],
+    ids=["of_the_machine", "asked", "newer_than_nvcc", "no_gpu"],
+)
+def test_cuda_engine_is_built_for_the_gpus(
+    source: Path, tmp_path: Path, toolkit: Toolkit, gpus: str | None, asked: str, archs: list[str]
+) -> None:
+    """No GPU: those of 80, 90, 100 and 120 that the made-up nvcc knows."""
+    if gpus:
+        toolkit.write("nvidia-smi", f"#!/bin/sh\necho '{gpus}'\n")
+    output(toolkit.build(source, tmp_path, PYOPTIM_CUDA_ARCHS=asked))
+    assert build_info(tmp_path / "pyoptim")["cuda"]["archs"] == archs
+    command = (tmp_path / "pyoptim" / "_cuda.so").read_text()
+    codes = [f"code=sm_{arch}" for arch in archs[:-1]]
+    codes.append(f"code=[sm_{archs[-1]},compute_{archs[-1]}]")
+    for arch, code in zip(archs, codes, strict=True):
+        assert f"-gencode=arch=compute_{arch},{code}" in command
+    assert command.count("-gencode") == len(archs)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("nvcc", "reason"),
+    [
+        ("#!/bin/sh\nexit 1\n", "{nvcc} does not run: it lists no GPU architectures"),
+        (
+            NVCC.format(failure="echo 'fatal error: the host compiler is too new' >&2; exit 1"),
+            "{nvcc} cannot build CUDA code: fatal error: the host compiler is too new",
+        ),
+        (
+            NVCC.format(
+                failure='case "$*" in *update.cu*) echo "update.cu: error" >&2; exit 1; esac'
+            ),
+            "{nvcc} failed on pyoptim's sources; the build's output says where",
+        ),
+    ],
+    ids=["broken", "no_host_compiler", "sources"],
+)
+def test_a_failing_nvcc_costs_the_cuda_engine_and_no_more(
+    source: Path, tmp_path: Path, toolkit: Toolkit, nvcc: str, reason: str
+) -> None:
+    path = toolkit.write("nvcc", nvcc)
+    result = toolkit.build(source, tmp_path)
+    said = output(result) + result.stderr
+    info, reason = build_info(tmp_path / "pyoptim"), reason.format(nvcc=path)
+    assert info["cpu"]["built"]
+    assert (tmp_path / "pyoptim" / MODULE).exists()
+    assert (info["cuda"]["built"], info["cuda"]["reason"]) == (False, reason)
+    assert f"pyoptim: _cuda.so is not built: {reason}" in said
+    assert not (tmp_path / "pyoptim" / "_cuda.so").exists()
+    required = toolkit.build(source, tmp_path, PYOPTIM_CUDA="1")
+    assert required.returncode != 0
+    assert f"PYOPTIM_CUDA=1, but _cuda.so cannot be built: {reason}" in required.stderr
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"PYOPTIM_NVCC": "/nonexistent"}, "cannot be built: /nonexistent does not run"),
+        ({"PYOPTIM_CUDA_ARCHS": "130"}, "nvcc knows no 130, only 80, 90, 120"),
+    ],
+    ids=["nvcc", "archs"],
+)
+def test_build_fails_when_nvcc_cannot_do_what_was_asked(
+    source: Path, tmp_path: Path, toolkit: Toolkit, env: dict[str, str], message: str
+) -> None:
+    result = toolkit.build(source, tmp_path, PYOPTIM_CUDA="1", **env)
+    assert result.returncode != 0
+    assert message in result.stderr
+
+
+@needs_compiler
+def test_a_build_without_cuda_removes_the_engine_of_an_earlier_one(
+    source: Path, tmp_path: Path, toolkit: Toolkit
+) -> None:
+    library = tmp_path / "pyoptim" / "_cuda.so"
+    output(toolkit.build(source, tmp_path))
+    assert library.exists()
+    output(toolkit.build(source, tmp_path, PYOPTIM_CUDA="0"))
+    assert not library.exists()
 
 
 def test_kernels_refuses_to_be_a_top_level_package(monkeypatch: pytest.MonkeyPatch) -> None:
