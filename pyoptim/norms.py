@@ -42,7 +42,6 @@ def _eager(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
     return call
 
 
-@_eager
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float,
@@ -81,9 +80,27 @@ def clip_grad_norm_(
         ValueError: `backend` is not a backend.
         BackendError: a backend was asked for by name and cannot take these gradients.
     """
+    max_norm, norm_type = float(max_norm), float(norm_type)
+    if torch.compiler.is_dynamo_compiling() and norm_type in reductions.KINDS:
+        grads = [p.grad for p in _as_list(parameters) if p.grad is not None]
+        if grads and not error_if_nonfinite:
+            choice = backends.chosen() if backend is None else backend
+            norm: Tensor = torch.ops.pyoptim.clip_grads_(grads, max_norm, norm_type, choice)
+            return norm
+    return _clip_grad_norm(parameters, max_norm, norm_type, error_if_nonfinite, foreach, backend)
+
+
+@_eager
+def _clip_grad_norm(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float,
+    error_if_nonfinite: bool,
+    foreach: bool | None,
+    backend: str | None,
+) -> Tensor:
     params = _as_list(parameters)
     choice = _checked(backend)
-    max_norm, norm_type = float(max_norm), float(norm_type)
     grads = [p.grad for p in params if p.grad is not None]
     if not grads:
         return torch.tensor(0.0)
@@ -99,10 +116,7 @@ def clip_grad_norm_(
             f"({norm.item()}), so it cannot be clipped. To disable this error and scale the "
             "gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
         )
-    for batch in batches:
-        batch.scale(batch.factor(norm, max_norm, 1.0, None))
-    has_float64 = any(batch.has_float64 for batch in batches)
-    return norm if has_float64 else norm.to(torch.float32)
+    return reductions.clip(batches, norm, max_norm)
 
 
 @_eager
@@ -217,7 +231,7 @@ def _as_list(tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
     given = list(tensors)
     if not given and isinstance(tensors, types.GeneratorType):
         warnings.warn(
-            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=5
+            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=6
         )
     return given
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyoptim import backend
+from pyoptim import backend, reductions
 from pyoptim.factors import Factors
 from pyoptim.gpu import Memory
 from pyoptim.plan import Staged, run_staged
@@ -63,6 +63,29 @@ def step_(
         for row in rows:
             row.is_live = row.backend in backend.GPU_ENGINES
     run_staged(rule, groups, [Staged(row, False) for row in rows], Factors(), _MEMORY)
+
+
+@torch.library.custom_op("pyoptim::clip_grads_", mutates_args=("grads",))
+def clip_grads_(grads: Sequence[Tensor], max_norm: float, norm_type: float, engine: str) -> Tensor:
+    """Scales tensors in place so that their common norm is at most `max_norm`.
+
+    Args:
+        grads: one or more floating-point or complex tensors of one device.
+        norm_type: 2, 1 or inf.
+        engine: a backend's name or "auto".
+
+    Returns: the norm before, 0-dim; float64 when any tensor is, else float32.
+    """
+    batches = reductions.batches(list(grads), norm_type, engine)
+    norm = reductions.clip(batches, reductions.total(batches, norm_type), max_norm)
+    return norm.clone()  # an op may not return what it was given
+
+
+@clip_grads_.register_fake
+def _(grads: Sequence[Tensor], max_norm: float, norm_type: float, engine: str) -> Tensor:
+    wide = (torch.float64, torch.complex128)
+    dtype = torch.float64 if any(g.dtype in wide for g in grads) else torch.float32
+    return torch.empty((), dtype=dtype, device=grads[0].device)
 
 
 class _Fresh(Memory):

@@ -165,20 +165,13 @@ class FusedOptimizer(Optimizer):
         torch.ops.pyoptim.step_(self.rule, *lists, group_sizes, n_states, hypers, tensors, engine)
         return True
 
-    def _init_group(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[Tensor],
-        steps: list[Tensor],
-    ) -> bool:
-        """Fills the lists, and the state; False when the kernels cannot run the group.
+    def _init_group(self, group: Any, *lists: Any, **_: Any) -> Any:
+        """Fills (params, grads, states, steps), and the state; False when kernels cannot run it.
 
         torch's compiler knows the method by its name: it calls it instead of tracing it, and turns
         the tensors in the lists into inputs of the graph.
         """
-        return fill_lists(self, group, params, grads, states, steps)
+        return fill_lists(self, group, *lists)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _uncompiled_step(self, closure: Callable[[], Any] | None) -> Any:

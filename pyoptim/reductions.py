@@ -194,6 +194,13 @@ def total(parts: Sequence[Batch], norm_type: float) -> Tensor:
     return _norm_of_norms(torch.cat([n.to(norms[0].device) for n in norms]), norm_type)
 
 
+def clip(parts: Sequence[Batch], norm: Tensor, max_norm: float) -> Tensor:
+    """Scales the tensors; returns the norm, float64 when any of them is, else float32."""
+    for part in parts:
+        part.scale(part.factor(norm, max_norm, 1.0, None))
+    return norm if any(part.has_float64 for part in parts) else norm.to(torch.float32)
+
+
 def row_sums(a: Tensor, b: Tensor, choice: str) -> Tensor:
     """Returns float64 [rows, 3]: a.b, a.a and b.b; see `pyoptim.norms.row_sums`."""
     a, b = _real(a), _real(b)

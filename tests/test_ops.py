@@ -215,3 +215,33 @@ def test_a_checkpoint_after_compiling_is_clean() -> None:
     theirs.load_state_dict(optimizer.state_dict())
     give_grads(params, 1)
     theirs.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_opcheck_passes_for_clipping(dtype: torch.dtype) -> None:
+    grads = [p.detach() for p in parameters(SHAPES, dtype)]
+    results = torch.library.opcheck(
+        torch.ops.pyoptim.clip_grads_.default, (grads, 0.5, 2.0, "auto")
+    )
+    assert set(results.values()) == {"SUCCESS"}, results
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, torch.inf])
+def test_a_whole_graph_clips_and_steps(norm_type: float) -> None:
+    results = []
+    for is_compiled in (True, False):
+        params = parameters(SHAPES[:2], torch.float32)
+        optimizer = pyoptim.SGD(params, lr=0.1)
+
+        def clip_and_step(params: Any = params, optimizer: Any = optimizer) -> Tensor:
+            norm = pyoptim.clip_grad_norm_(params, 0.5, norm_type)
+            optimizer.step()
+            return norm
+
+        run = torch.compile(clip_and_step, backend="aot_eager", fullgraph=True)
+        norms = []
+        for number in range(3):
+            give_grads(params, number)
+            norms.append(run() if is_compiled else clip_and_step())
+        results.append([*params, *(p.grad for p in params), *norms])
+    assert_same_bits(*results)
