@@ -13,7 +13,17 @@ from typing import TypeVar
 
 from . import goals, machine, plots, report, results, workloads
 from .bytes import DtypeSet
-from .implementations import DEFAULT_IMPLEMENTATIONS, IMPLEMENTATIONS, OPTIMIZERS
+from .gpu import plan, session
+from .gpu import report as gpu_report
+from .gpu.device import CudaDevice
+from .gpu.goals import GPU_GOALS
+from .gpu.runner import run_case as run_case_on
+from .implementations import (
+    DEFAULT_IMPLEMENTATIONS,
+    DEFAULT_ON_CUDA,
+    IMPLEMENTATIONS,
+    OPTIMIZERS,
+)
 from .results import Results
 from .runner import FRESH, HOT, Case, Settings, run_case
 from .workloads import Workload
@@ -46,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Time optimizer steps of pyoptim and of torch.optim, interleaved.",
     )
     measure = parser.add_argument_group("measure (lists are separated by commas)")
+    measure.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     measure.add_argument("--optimizers", type=_list(_optimizer), metavar="LIST")
     measure.add_argument("--workloads", type=_list(workloads.parse), metavar="LIST")
     measure.add_argument("--dtypes", type=_list(DtypeSet.parse), metavar="LIST")
@@ -71,16 +82,35 @@ def _parser() -> argparse.ArgumentParser:
 
 def _report(arguments: argparse.Namespace) -> int:
     if arguments.write_readme:
-        if not arguments.table:
-            raise ValueError("--write-readme needs --table JSON")
-        report.write_readme(arguments.write_readme, results.load(arguments.table))
+        _write_readme(arguments)
     elif arguments.table:
-        print(report.full_report(results.load(arguments.table)))
+        print(_full_report(results.load(arguments.table)))
     if arguments.goals:
-        print(goals.goals_table(results.load(arguments.goals)))
+        print(_goals_tables(results.load(arguments.goals)))
     if arguments.plot:
         _plot(results.load(arguments.plot), arguments.plot[0].parent)
     return 0
+
+
+def _write_readme(arguments: argparse.Namespace) -> None:
+    if not arguments.table:
+        raise ValueError("--write-readme needs --table JSON")
+    found = results.load(arguments.table)
+    if found.of_device("cuda").rows:
+        raise ValueError("--write-readme shows CPU results only; leave out the GPU's files")
+    report.write_readme(arguments.write_readme, found)
+
+
+def _full_report(found: Results) -> str:
+    parts = {"cpu": report.full_report, "cuda": gpu_report.full_report}
+    shown = [(make, found.of_device(device)) for device, make in parts.items()]
+    return "\n\n".join(make(part) for make, part in shown if part.rows or part.skipped)
+
+
+def _goals_tables(found: Results) -> str:
+    tables = {"cpu": goals.GOALS, "cuda": GPU_GOALS}
+    shown = [(found.of_device(device), table) for device, table in tables.items()]
+    return "\n\n".join(goals.goals_table(part, table) for part, table in shown if part.rows)
 
 
 def _plot(found: Results, folder: Path) -> None:
@@ -94,6 +124,8 @@ def _plot(found: Results, folder: Path) -> None:
 
 
 def _measure(arguments: argparse.Namespace, command: str) -> int:
+    if arguments.device == "cuda":
+        return _measure_on_cuda(arguments, command)
     cases = _cases(arguments)
     budget = arguments.seconds or (QUICK_SECONDS if arguments.quick else 1200.0)
     reps = arguments.reps or (QUICK_REPS if arguments.quick else 20)
@@ -111,8 +143,55 @@ def _measure(arguments: argparse.Namespace, command: str) -> int:
         _progress(done + 1, len(cases), case, rows, started, deadline)
     print(f"wrote {arguments.out}", file=sys.stderr)
     _plot(found, arguments.out.parent)
-    print(report.full_report(found))
+    print(_full_report(found))
     return 0
+
+
+def _measure_on_cuda(arguments: argparse.Namespace, command: str) -> int:
+    device = CudaDevice()
+    found = Results.start(command, "cuda")
+    limits = session.Limits(
+        arguments.reps or (QUICK_REPS if arguments.quick else 20),
+        arguments.seconds or (QUICK_SECONDS if arguments.quick else 1200.0),
+    )
+    session.measure(
+        found,
+        _cuda_cases(arguments),
+        lambda case, settings: run_case_on(case, settings, device),
+        lambda case: _cuda_implementations(arguments, case),
+        limits,
+        arguments.out,
+    )
+    print(f"wrote {arguments.out}", file=sys.stderr)
+    _plot(found, arguments.out.parent)
+    print(_full_report(found))
+    return int(session.has_failed(found))
+
+
+def _cuda_cases(arguments: argparse.Namespace) -> list[Case]:
+    """The cases in order of value; or all combinations of what was chosen."""
+    if arguments.threads:
+        raise ValueError("--threads is about the CPU; leave it out with --device cuda")
+    if not (arguments.workloads or arguments.optimizers or arguments.dtypes):
+        return list(plan.cases(arguments.quick))
+    chosen = itertools.product(
+        arguments.workloads or [workloads.parse("small"), workloads.parse("1x200000000")],
+        arguments.dtypes or [DtypeSet.parse("float32")],
+        arguments.optimizers or list(goals.FIVE),
+    )
+    return [
+        Case(optimizer, dtypes, workload, 1, device="cuda")
+        for workload, dtypes, optimizer in chosen
+    ]
+
+
+def _cuda_implementations(arguments: argparse.Namespace, case: Case) -> list[str]:
+    names = list(arguments.implementations or DEFAULT_ON_CUDA)
+    if not arguments.implementations and case.workload.name in plan.GRAPH_WORKLOADS:
+        names += plan.GRAPHS
+    if arguments.compile and "torch-compiled" not in names:
+        names.append("torch-compiled")
+    return names
 
 
 def _cases(arguments: argparse.Namespace) -> list[Case]:

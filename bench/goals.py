@@ -1,4 +1,4 @@
-"""The goals of the CPU engine beside what was measured."""
+"""The goals of the engines beside what was measured."""
 
 from __future__ import annotations
 
@@ -13,27 +13,31 @@ from .runner import FRESH, HOT, ONE_THREAD
 FIVE = ("adamw", "adam", "sgd-momentum", "rmsprop", "adagrad")
 HAVE_FUSED = ("adamw", "adam", "sgd-momentum", "adagrad")
 ALL_WORKLOADS = tuple(workloads.WORKLOADS)
+# Device -> the implementation that the goals are about.
+ENGINES = {"cpu": OURS, "cuda": "pyoptim-cuda"}
 
 Measure = Callable[[Row], float | None]
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A bound on one figure of the `pyoptim` rows that match; the worst of them is reported.
+    """A bound on one figure of pyoptim's rows that match; the worst of them is reported.
 
     Args:
+        workloads: None: every one.
         has_threads: the rows with several threads count, else those with one; None: both.
     """
 
     title: str
     optimizers: Sequence[str]
-    workloads: Sequence[str]
+    workloads: Sequence[str] | None
     measure: Measure
     bound: float
     is_upper_bound: bool = False
     dtypes: str | None = "float32"
     has_threads: bool | None = False
     grads: str = HOT
+    device: str = "cpu"
 
     def is_met(self, value: float) -> bool:
         return value <= self.bound if self.is_upper_bound else value >= self.bound
@@ -119,7 +123,7 @@ def values(goal: Goal, results: Results) -> dict[str, float]:
     """The worst value of each optimizer that was measured."""
     worst = max if goal.is_upper_bound else min
     found: dict[str, list[float]] = {}
-    for row in results.find(implementation=OURS, grads=goal.grads):
+    for row in results.find(implementation=ENGINES[goal.device], grads=goal.grads):
         value = goal.measure(row) if _matches(goal, row) else None
         if value is not None:
             found.setdefault(row["optimizer"], []).append(value)
@@ -129,16 +133,16 @@ def values(goal: Goal, results: Results) -> dict[str, float]:
 def _matches(goal: Goal, row: Row) -> bool:
     return (
         row["optimizer"] in goal.optimizers
-        and row["workload"] in goal.workloads
+        and (goal.workloads is None or row["workload"] in goal.workloads)
         and goal.dtypes in (None, row["dtypes"])
         and goal.has_threads in (None, row["threads"] > 1)
     )
 
 
-def goals_table(results: Results) -> str:
+def goals_table(results: Results, goals: Sequence[Goal] = GOALS) -> str:
     """Target and measured value of every goal; where several rows match, the worst one."""
     lines = []
-    for goal in GOALS:
+    for goal in goals:
         found = values(goal, results)
         measured = ", ".join(f"{name} {significant(value)}" for name, value in found.items())
         missing = [name for name in goal.optimizers if name not in found]

@@ -20,6 +20,8 @@ import torch
 from .bytes import DtypeSet
 
 Optimizer = torch.optim.Optimizer
+# Before a capture: the state exists, and so does what the libraries allocate once.
+WARM_UP_STEPS = 3
 
 # What COSTS counts must be what runs: one row here per row there.
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -44,6 +46,8 @@ class Implementation:
         package: module that holds the optimizer classes.
         options: constructor arguments that select the implementation.
         is_compiled: the step goes through torch.compile.
+        is_graph: the step is captured in a CUDA graph once and replayed.
+        device: the only device it runs on; None: on every one.
         has_state_dtype: states can have another dtype than the parameter.
     """
 
@@ -51,6 +55,8 @@ class Implementation:
     package: str
     options: dict[str, Any] = field(default_factory=dict)
     is_compiled: bool = False
+    is_graph: bool = False
+    device: str | None = None
     has_state_dtype: bool = False
 
 
@@ -61,15 +67,43 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         Implementation("torch-foreach", "torch.optim", {"foreach": True}),
         Implementation("torch-fused", "torch.optim", {"fused": True}),
         Implementation("torch-compiled", "torch.optim", {"foreach": True}, is_compiled=True),
-        Implementation("pyoptim", "pyoptim", {"backend": "cpu"}, has_state_dtype=True),
+        Implementation(
+            "torch-fused-graph",
+            "torch.optim",
+            {"fused": True, "capturable": True},
+            is_graph=True,
+            device="cuda",
+        ),
+        Implementation(
+            "pyoptim", "pyoptim", {"backend": "cpu"}, device="cpu", has_state_dtype=True
+        ),
+        Implementation(
+            "pyoptim-cuda", "pyoptim", {"backend": "cuda"}, device="cuda", has_state_dtype=True
+        ),
+        Implementation(
+            "pyoptim-triton", "pyoptim", {"backend": "triton"}, device="cuda", has_state_dtype=True
+        ),
+        Implementation(
+            "pyoptim-cuda-graph",
+            "pyoptim",
+            {"backend": "cuda", "capturable": True},
+            is_graph=True,
+            device="cuda",
+            has_state_dtype=True,
+        ),
         Implementation("reference", "pyoptim", {"backend": "reference"}, has_state_dtype=True),
     )
 }
 DEFAULT_IMPLEMENTATIONS = ("torch-for-loop", "torch-foreach", "torch-fused", "pyoptim")
+DEFAULT_ON_CUDA = (*DEFAULT_IMPLEMENTATIONS[:3], "pyoptim-cuda", "pyoptim-triton")
 
 
-def why_not(implementation: Implementation, optimizer: str, dtypes: DtypeSet) -> str | None:
+def why_not(
+    implementation: Implementation, optimizer: str, dtypes: DtypeSet, device: str = "cpu"
+) -> str | None:
     """The reason why a combination cannot be measured here, or None if it can."""
+    if implementation.device not in (None, device):
+        return f"{implementation.name} steps {implementation.device} tensors only"
     class_name, _ = OPTIMIZERS[optimizer]
     try:
         package = importlib.import_module(implementation.package)
@@ -80,14 +114,15 @@ def why_not(implementation: Implementation, optimizer: str, dtypes: DtypeSet) ->
         return f"{implementation.package} has no {class_name}"
     if "fused" in implementation.options and "fused" not in inspect.signature(found).parameters:
         return f"torch.optim.{class_name} has no fused implementation"
-    if "fused" in implementation.options and class_name == "SGD" and dtypes.param.itemsize == 2:
+    is_half_sgd = class_name == "SGD" and dtypes.param.itemsize == 2
+    if "fused" in implementation.options and is_half_sgd and device == "cpu":
         # It would also ruin the parameters for everyone measured beside it.
         return f"torch's fused SGD computes wrong values in {dtypes} on the CPU (torch 2.13)"
     if dtypes.has_own_state_dtype and not implementation.has_state_dtype:
         return f"torch.optim keeps states in the parameter's dtype, so not in {dtypes}"
     if implementation.is_compiled:
         return _why_no_compile()
-    return _why_no_native(package) if implementation.options.get("backend") == "cpu" else None
+    return _why_no_backend(package, implementation.options.get("backend"))
 
 
 def make_optimizer(
@@ -102,11 +137,17 @@ def make_optimizer(
     if dtypes.has_own_state_dtype:
         options["state_dtype"] = dtypes.state
     found = getattr(importlib.import_module(implementation.package), class_name)
+    if implementation.is_graph and "capturable" not in inspect.signature(found).parameters:
+        del options["capturable"]  # nothing of its step depends on a counter
     return found(params, **options)  # type: ignore[no-any-return]
 
 
 def make_step(implementation: Implementation, optimizer: Optimizer) -> Callable[[], object]:
     """What one step calls; compiled as torch's tutorial on compiled optimizers writes it."""
+    if implementation.is_graph:
+        for _ in range(WARM_UP_STEPS):
+            optimizer.step()
+        return capture(optimizer.step)
     if not implementation.is_compiled:
         return optimizer.step
 
@@ -115,6 +156,14 @@ def make_step(implementation: Implementation, optimizer: Optimizer) -> Callable[
         optimizer.step()
 
     return compiled_step
+
+
+def capture(step: Callable[[], object]) -> Callable[[], object]:
+    """Returns what replays a graph of one step, which must have run before."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 @contextmanager
@@ -143,9 +192,9 @@ def _why_no_compile() -> str | None:
     return None
 
 
-def _why_no_native(package: ModuleType) -> str | None:
-    try:
-        importlib.import_module(f"{package.__name__}._C")
-    except ImportError as error:
-        return f"pyoptim's native module is missing: {error}"
-    return None
+def _why_no_backend(package: ModuleType, backend: str | None) -> str | None:
+    if backend is None:
+        return None
+    status = importlib.import_module(f"{package.__name__}.backend").status()
+    reason = status[backend]
+    return f"pyoptim's backend {backend!r} cannot run here: {reason}" if reason else None

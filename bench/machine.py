@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import re
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -22,10 +23,25 @@ def describe_machine() -> dict[str, object]:
         "last_level_cache_bytes": last_level_cache_bytes(),
         "instruction_sets": _instruction_sets(cpuinfo),
         "memory_bytes": _memory_bytes(),
+        "gpu": describe_gpu(),
         "huge_pages": _selected(_read("/sys/kernel/mm/transparent_hugepage/enabled")),
         "system": f"{platform.system()} {platform.machine()}",
         "load_average": list(load_average()),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def describe_gpu() -> dict[str, object] | None:
+    """The current CUDA device, or None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory_bytes": found.total_memory,
+        "cache_bytes": found.L2_cache_size,
     }
 
 
@@ -34,6 +50,8 @@ def describe_versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
+        "triton": _distribution_version("triton"),
         "pyoptim": _pyoptim_version(),
     }
 
@@ -64,6 +82,13 @@ def _instruction_sets(cpuinfo: str) -> list[str]:
 def _memory_bytes() -> int | None:
     total = _field(_read("/proc/meminfo"), "MemTotal")
     return int(total.split()[0]) * 1024 if total else None
+
+
+def _distribution_version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _pyoptim_version() -> str:

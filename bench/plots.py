@@ -1,4 +1,4 @@
-"""Two pictures of a result: the roofline of the large workload, and bars for all workloads."""
+"""Two pictures per device: the roofline of the largest workload, and bars for all workloads."""
 
 from __future__ import annotations
 
@@ -23,24 +23,33 @@ COLORS = {
     "torch-fused": "#56B4E9",
     "torch-compiled": "#CC79A7",
     "pyoptim": "#D55E00",
+    "pyoptim-cuda": "#D55E00",
+    "pyoptim-triton": "#009E73",
 }
-MARKERS = dict(zip(COLORS, "vs^Do", strict=True))
+MARKERS = dict(zip(COLORS, "vs^DooP", strict=True))
+# What the roof is, by device.
+ROOFS = {"cpu": "loop with the same reads and writes", "cuda": "copy of as many bytes"}
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Write `roofline.png` and `bars.png` into `folder`; a picture without data is left out.
+    """Write `roofline.png` and `bars.png`, for a GPU `*-gpu.png`, where there is data for them.
 
     Raises: ImportError where matplotlib is missing.
     """
+    written = _draw_device(results.of_device("cpu"), folder, "")
+    return written + _draw_device(results.of_device("cuda"), folder, "-gpu")
+
+
+def _draw_device(results: Results, folder: Path, suffix: str) -> list[Path]:
     written = []
     threads = min((row["threads"] for row in results.rows), default=1)
     rows = results.find(dtypes=DTYPES, threads=threads, grads=HOT)
     roof = [row for row in rows if row["workload"] == _largest(rows)]
     if any(row["implementation"] == LOOP for row in roof):
-        written.append(_roofline(roof, threads, folder / "roofline.png"))
+        written.append(_roofline(roof, threads, folder / f"roofline{suffix}.png"))
     bars = [row for row in rows if not workloads.parse(row["workload"]).is_host_bound]
     if bars:
-        written.append(_bars(bars, threads, folder / "bars.png"))
+        written.append(_bars(bars, threads, folder / f"bars{suffix}.png"))
     return written
 
 
@@ -76,7 +85,7 @@ def _roofline(rows: list[Row], threads: int, path: Path) -> Path:
     axes.set_xlabel("operations per byte that must move")
     axes.set_ylabel("10⁹ operations per second")
     title = workloads.parse(rows[0]["workload"]).title
-    axes.set_title(f"One step on {title}, {DTYPES}, {_threads_text(threads)}")
+    axes.set_title(f"One step on {title}, {DTYPES}, {_place(rows, threads)}")
     _frame(axes, rows)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
@@ -87,10 +96,11 @@ def _draw_roof(axes: Axes, loops: list[Row]) -> None:
     """The loop of every optimizer as a dash, the fastest one as the roof, names above."""
     fastest = max(row["gb_per_second"] for row in loops)
     ends = [0.1, 1.0]
-    label = f"{fastest:.0f} GB/s, the fastest loop"
+    roof = ROOFS[loops[0]["device"]]
+    label = f"{fastest:.0f} GB/s, the fastest {roof.partition(' ')[0]}"
     axes.plot(ends, [end * fastest for end in ends], "k-", linewidth=1, label=label)
     for row in loops:
-        loop = "loop with the same reads and writes" if row is loops[0] else None
+        loop = roof if row is loops[0] else None
         axes.plot(_intensity(row), _gigaops(row), "k_", markersize=16, label=loop)
         axes.annotate(
             row["optimizer"],
@@ -112,7 +122,7 @@ def _frame(axes: Axes, rows: list[Row]) -> None:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(0.85 * min(intensities), 1.2 * max(intensities))
-    axes.set_yticks((0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100))
+    axes.set_yticks([digit * 10.0**power for power in range(-1, 5) for digit in (1, 2, 5)])
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(0.7 * min(speeds), 2.5 * max(speeds))
@@ -139,7 +149,7 @@ def _bars(rows: list[Row], threads: int, path: Path) -> Path:
         axes.set_title(workloads.parse(name).title, loc="left", fontsize=11)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
-    figure.supxlabel(f"median of interleaved steps, {DTYPES}, {_threads_text(threads)}", fontsize=9)
+    figure.supxlabel(f"median of interleaved steps, {DTYPES}, {_place(rows, threads)}", fontsize=9)
     figure.savefig(path, dpi=150)
     return path
 
@@ -163,7 +173,7 @@ def _bar_panel(axes: Axes, rows: list[Row]) -> None:
     for at, optimizer in enumerate(optimizers):
         loop = milliseconds.get((optimizer, LOOP))
         if loop:
-            label = "loop with the same reads and writes" if at == 0 else None
+            label = ROOFS[rows[0]["device"]] if at == 0 else None
             ends = (at - 0.45, at + 0.45)
             axes.plot(ends, (loop, loop), "k--", linewidth=1, label=label, zorder=3)
     axes.set_xticks(range(len(optimizers)), optimizers)
@@ -176,5 +186,7 @@ def _bar_panel(axes: Axes, rows: list[Row]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _threads_text(threads: int) -> str:
+def _place(rows: list[Row], threads: int) -> str:
+    if rows[0]["device"] != "cpu":
+        return "GPU"
     return "1 thread" if threads == 1 else f"{threads} threads"

@@ -34,20 +34,20 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def full_report(results: Results) -> str:
     """Everything: machine, speed by workload, host cost, memory, compile time, what was skipped."""
     parts = [
-        _runs(results),
+        runs(results),
         LEGEND,
         *_speed_sections(results),
         _host_section(results),
         _memory_section(results),
         _compile_section(results),
-        _skipped_section(results),
+        skipped_section(results),
     ]
     return "\n\n".join(part for part in parts if part)
 
 
 def readme_section(results: Results) -> str:
     """The part that a README shows: machine, speed by workload, host cost."""
-    parts = [_runs(results), LEGEND, *_speed_sections(results), _host_section(results)]
+    parts = [runs(results), LEGEND, *_speed_sections(results), _host_section(results)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -71,7 +71,8 @@ def write_readme(path: Path, results: Results) -> None:
     path.write_text(text)
 
 
-def _runs(results: Results) -> str:
+def runs(results: Results) -> str:
+    """One line per machine and command."""
     lines = dict.fromkeys(_run(run) for run in results.runs)
     return "\n".join(lines)
 
@@ -81,11 +82,19 @@ def _run(run: Row) -> str:
     cache = machine["last_level_cache_bytes"]
     cache_text = f", {cache >> 20} MiB last-level cache" if cache else ""
     return (
-        f"{machine['cpu']}, {machine['cores']} cores{cache_text}, torch {versions['torch']}, "
-        f"Python {versions['python']}, pyoptim {versions['pyoptim']}, "
+        f"{_gpu(machine)}{machine['cpu']}, {machine['cores']} cores{cache_text}, "
+        f"torch {versions['torch']}, Python {versions['python']}, pyoptim {versions['pyoptim']}, "
         f"load average {machine['load_average'][0]:.1f} at the start, {machine['date'][:10]}.  \n"
         f"`{run['command']}`"
     )
+
+
+def _gpu(machine: Row) -> str:
+    """Files from before there were GPU engines have no such entry."""
+    found = machine.get("gpu")
+    if found is None:
+        return ""
+    return f"{found['name']}, {found['memory_bytes'] >> 30} GiB, with "
 
 
 def _speed_sections(results: Results) -> list[str]:
@@ -190,7 +199,7 @@ def _memory_section(results: Results) -> str:
             key = (row["optimizer"], row["dtypes"], row["workload"], row["implementation"])
             found.setdefault(key, row)
     lines = [
-        [*key, _megabytes(row["state_bytes"]), _megabytes(row["temporary_bytes"])]
+        [*key, megabytes(row["state_bytes"]), megabytes(row["temporary_bytes"])]
         for key, row in found.items()
         if key[-1] in IMPLEMENTATIONS
     ]
@@ -198,7 +207,8 @@ def _memory_section(results: Results) -> str:
     return f"**Memory of a step**\n\n{markdown_table(header, lines)}" if lines else ""
 
 
-def _megabytes(value: int | None) -> str:
+def megabytes(value: int | None) -> str:
+    """One decimal, as the tables of memory show it."""
     return "not known" if value is None else f"{value / 1e6:,.1f}"
 
 
@@ -218,6 +228,7 @@ def _compile_section(results: Results) -> str:
     return f"**torch.compile**\n\n{markdown_table(header, lines)}" if lines else ""
 
 
-def _skipped_section(results: Results) -> str:
+def skipped_section(results: Results) -> str:
+    """Reasons why combinations were not measured."""
     reasons = dict.fromkeys(f"{row['implementation']}: {row['reason']}" for row in results.skipped)
     return "**Not measured**\n\n" + "\n".join(f"- {line}" for line in reasons) if reasons else ""

@@ -11,7 +11,7 @@ from typing import Any
 from . import machine
 
 Row = dict[str, Any]
-KEY = ("optimizer", "dtypes", "workload", "threads", "grads", "implementation")
+KEY = ("optimizer", "dtypes", "workload", "threads", "grads", "implementation", "device")
 SCHEMA = 1
 
 
@@ -28,13 +28,22 @@ class Results:
     skipped: list[Row] = field(default_factory=list)
 
     @classmethod
-    def start(cls, command: str) -> Results:
+    def start(cls, command: str, device: str = "cpu") -> Results:
         run = {
             "command": command,
+            "device": device,
             "versions": machine.describe_versions(),
             "machine": machine.describe_machine(),
         }
         return cls([run])
+
+    def of_device(self, device: str) -> Results:
+        """The part that was measured on one device."""
+        parts = (
+            [row for row in rows if row["device"] == device]
+            for rows in (self.runs, self.rows, self.skipped)
+        )
+        return Results(*parts)
 
     def find(self, **wanted: object) -> list[Row]:
         """Rows whose fields equal all of `wanted`."""
@@ -60,6 +69,9 @@ def load(paths: Sequence[Path]) -> Results:
         content = json.loads(path.read_text())
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
             raise ValueError(f"{path}: not a benchmark result with schema {SCHEMA}")
+        # Files from before there was a choice of device are of the CPU.
+        for row in content["runs"] + content["skipped"] + content["rows"]:
+            row.setdefault("device", "cpu")
         merged.runs += content["runs"]
         merged.skipped += content["skipped"]
         rows |= {tuple(row[name] for name in KEY): row for row in content["rows"]}

@@ -32,6 +32,7 @@ class Case:
 
     Args:
         grads: HOT leaves the gradients in place, FRESH lets backward make them before each step.
+        device: "cpu" or "cuda".
     """
 
     optimizer: str
@@ -39,6 +40,7 @@ class Case:
     workload: Workload
     threads: int
     grads: str = HOT
+    device: str = "cpu"
 
     @property
     def key(self) -> Row:
@@ -48,6 +50,7 @@ class Case:
             "workload": self.workload.name,
             "threads": self.threads,
             "grads": self.grads,
+            "device": self.device,
         }
 
     def __str__(self) -> str:
@@ -75,7 +78,7 @@ class Settings:
 
 def run_case(case: Case, settings: Settings) -> tuple[list[Row], list[Row]]:
     """Rows of the implementations that ran, and the reason for each that did not."""
-    reason = _why_no_memory(case, len(settings.implementations))
+    reason = why_no_memory(case, len(settings.implementations), memory.available_bytes())
     if reason is not None:
         return [], [case.key | {"implementation": "all", "reason": reason}]
     started = machine.load_average()[0]
@@ -220,12 +223,12 @@ def _ratio(numerator: Variant, denominator: Variant) -> dict[str, float]:
     return asdict(summary)
 
 
-def _why_no_memory(case: Case, variants: int) -> str | None:
+def why_no_memory(case: Case, variants: int, available: int | None) -> str | None:
     """Refuse a case that would not fit: each variant has its own state, foreach also a copy."""
     states = len(COSTS[case.optimizer].states)
     width = max(case.dtypes.state.itemsize, case.dtypes.param.itemsize)
     arrays = 2 + (variants + 1) * (states + 1) + 3
-    needed, available = arrays * width * case.workload.numel, memory.available_bytes()
+    needed = arrays * width * case.workload.numel
     if available is None or needed < available:
         return None
     return f"needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are available"

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -79,11 +80,21 @@ def choose_steps_per_sample(variant: Variant) -> None:
     variant.steps_per_sample = max(1, min(MAX_STEPS_PER_SAMPLE, int(SAMPLE_SECONDS / elapsed)))
 
 
-def interleave(variants: Sequence[Variant], reps: int, seconds: float, seed: int = 0) -> int:
+def interleave(
+    variants: Sequence[Any],
+    reps: int,
+    seconds: float,
+    seed: int = 0,
+    sample: Callable[[Any], None] | None = None,
+) -> int:
     """Time all variants `reps` times, or until `seconds` have passed but at least MIN_REPS times.
+
+    Args:
+        sample: times one variant once; None: on the CPU.
 
     Returns: the number of repetitions made.
     """
+    sample = sample or _take_sample
     order = list(variants)
     shuffle = random.Random(seed).shuffle
     deadline = time.perf_counter() + seconds
@@ -93,7 +104,7 @@ def interleave(variants: Sequence[Variant], reps: int, seconds: float, seed: int
                 return rep
             shuffle(order)
             for variant in order:
-                _take_sample(variant)
+                sample(variant)
     return reps
 
 

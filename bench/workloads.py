@@ -10,8 +10,7 @@ import torch
 from .bytes import DtypeSet
 
 Shape = tuple[int, ...]
-
-LAYERS, WIDTH, HIDDEN, VOCABULARY, CONTEXT = 12, 384, 1536, 8192, 512
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -38,24 +37,46 @@ class Workload:
         return 3 if self.numel < 4_000_000 else 0
 
 
-def transformer_shapes() -> tuple[Shape, ...]:
-    """The 150 tensors of a GPT-like model with tied embeddings: 24.6 M parameters."""
-    norm: list[Shape] = [(WIDTH,), (WIDTH,)]
-    attention: list[Shape] = [(3 * WIDTH, WIDTH), (3 * WIDTH,), (WIDTH, WIDTH), (WIDTH,)]
-    mlp: list[Shape] = [(HIDDEN, WIDTH), (HIDDEN,), (WIDTH, HIDDEN), (WIDTH,)]
-    embeddings: list[Shape] = [(VOCABULARY, WIDTH), (CONTEXT, WIDTH)]
+def transformer_shapes(layers: int, width: int, vocabulary: int, context: int) -> tuple[Shape, ...]:
+    """The tensors of a GPT-like model with tied embeddings."""
+    hidden = 4 * width
+    norm: list[Shape] = [(width,), (width,)]
+    attention: list[Shape] = [(3 * width, width), (3 * width,), (width, width), (width,)]
+    mlp: list[Shape] = [(hidden, width), (hidden,), (width, hidden), (width,)]
+    embeddings: list[Shape] = [(vocabulary, width), (context, width)]
     layer = norm + attention + norm + mlp
-    return tuple(embeddings + norm + LAYERS * layer + norm)
+    return tuple(embeddings + norm + layers * layer + norm)
 
 
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
     for workload in (
         Workload("large", "one tensor of 50 M", ((50_000_000,),)),
-        Workload("transformer", "150 tensors / 24.6 M (small transformer)", transformer_shapes()),
+        Workload(
+            "transformer",
+            "150 tensors / 24.6 M (small transformer)",
+            transformer_shapes(layers=12, width=384, vocabulary=8192, context=512),
+        ),
         Workload("small", "1000 tensors of 1024", ((1024,),) * 1000),
         Workload("tiny", "1000 tensors of 16 (host cost)", ((16,),) * 1000, is_host_bound=True),
         Workload("one", "one tensor of one element (fixed cost)", ((1,),), is_host_bound=True),
+    )
+}
+
+# By name only: too large for a usual machine without a GPU.
+LARGE_WORKLOADS: dict[str, Workload] = {
+    workload.name: workload
+    for workload in (
+        Workload(
+            "gpt-124m",
+            "150 tensors / 124 M (transformer)",
+            transformer_shapes(layers=12, width=768, vocabulary=50304, context=1024),
+        ),
+        Workload(
+            "gpt-1b",
+            "294 tensors / 1.02 G (transformer)",
+            transformer_shapes(layers=24, width=1792, vocabulary=50304, context=1024),
+        ),
     )
 }
 
@@ -65,23 +86,33 @@ def parse(name: str) -> Workload:
 
     Raises: ValueError for anything else.
     """
-    if name in WORKLOADS:
-        return WORKLOADS[name]
+    known = WORKLOADS | LARGE_WORKLOADS
+    if name in known:
+        return known[name]
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name)
     if match is None:
         raise ValueError(
-            f"workloads: {name!r} is neither one of {', '.join(WORKLOADS)} nor COUNTxNUMEL"
+            f"workloads: {name!r} is neither one of {', '.join(known)} nor COUNTxNUMEL"
         )
     count, numel = int(match[1]), int(match[2])
     return Workload(name, f"{count} x {numel} elements", ((numel,),) * count)
 
 
-def make_params(workload: Workload, dtypes: DtypeSet, seed: int = 0) -> list[torch.Tensor]:
+def make_params(
+    workload: Workload,
+    dtypes: DtypeSet,
+    seed: int = 0,
+    device: torch.device = CPU,
+) -> list[torch.Tensor]:
     """Leaf tensors with gradients, normally distributed: no zeros, no subnormal values."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def values(shape: Shape) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtypes.param)
+
     params = []
     for shape in workload.shapes:
-        param = torch.randn(shape, generator=generator).to(dtypes.param)
-        param.grad = torch.randn(shape, generator=generator).to(dtypes.param)
+        param = values(shape)
+        param.grad = values(shape)
         params.append(param.requires_grad_())
     return params

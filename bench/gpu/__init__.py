@@ -1,0 +1,1 @@
+"""What only a GPU can show: speed, equal bits with the CPU, graphs, and steps that never wait."""
