@@ -454,8 +454,9 @@ def test_kernels_refuses_to_be_a_top_level_package(monkeypatch: pytest.MonkeyPat
 
 def triton_that(find_target: object) -> types.SimpleNamespace:
     active = types.SimpleNamespace(get_current_target=find_target)
-    driver = types.SimpleNamespace(active=active)
-    return types.SimpleNamespace(runtime=types.SimpleNamespace(driver=driver))
+    runtime = types.SimpleNamespace(driver=types.SimpleNamespace(active=active))
+    knobs = types.SimpleNamespace(runtime=types.SimpleNamespace(interpret=False))
+    return types.SimpleNamespace(runtime=runtime, knobs=knobs)
 
 
 def no_driver() -> None:
@@ -470,7 +471,7 @@ def no_driver() -> None:
             triton_that(no_driver),
             "triton found no GPU driver: 0 active drivers ([]).",
         ),
-        (triton_that(lambda: "cuda"), None),
+        (triton_that(lambda: types.SimpleNamespace(backend="cuda")), None),
     ],
     ids=["absent", "no_driver", "ready"],
 )
