@@ -163,6 +163,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("devices") = py::none(),
            "True when the step was made, False when the general path has to make it")
       .def_property_readonly("is_on_gpu", &Plan::is_on_gpu)
+      .def_property_readonly("counts_for_gpu", &Plan::counts_for_gpu)
       .def_property_readonly("devices", &Plan::devices);
 
   m.def("run_rows", &run_rows);

@@ -13,7 +13,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from pyoptim import backend, ops
 from pyoptim.factors import Factors, step_factors
-from pyoptim.gpu import Memory
+from pyoptim.gpu import Memory, check_not_capturing
 from pyoptim.plan import fill_lists, general_step
 from pyoptim.rows import HALF_DTYPES, Row, new_counter
 
@@ -209,6 +209,8 @@ class FusedOptimizer(Optimizer):
 
     def _planned_step(self, plan: Any) -> bool:
         """Says whether the step was made, or is to be skipped."""
+        if plan.counts_for_gpu:
+            check_not_capturing(type(self).__name__)
         if self.max_grad_norm is None and self.found_inf is None:
             made: bool = plan.step(self.param_groups, self.state)
             return made

@@ -127,6 +127,8 @@ def _checked_row(
             )
         row.backend = "reference"
     row.is_live = is_live(optimizer, row, has_scaler)
+    if optimizer.counts_steps and not row.is_live and row.param.is_cuda:
+        gpu.check_not_capturing(type(optimizer).__name__)
     return row
 
 
@@ -141,12 +143,7 @@ def is_live(optimizer: FusedOptimizer, row: Row, has_scaler: bool) -> bool:
         return False
     step = optimizer.state.get(row.key, {}).get("step")
     is_counted_there = isinstance(step, Tensor) and step.device.type != "cpu"
-    return (
-        has_scaler
-        or is_counted_there
-        or row.key in optimizer._counters
-        or gpu.is_capturing(row.param.device)
-    )
+    return has_scaler or is_counted_there or row.key in optimizer._counters
 
 
 def _waits_for_device(group: Mapping[str, Any]) -> bool:

@@ -149,6 +149,9 @@ class Plan {
 
   std::vector<int32_t> devices() const { return work_.devices(); }
 
+  // Whether a CUDA graph of this step would make the same step number again and again.
+  bool counts_for_gpu() const { return counts_for_gpu_; }
+
   // One step over everything that has a gradient, or nothing at all: false, and nothing has
   // changed, when parameters, state, options or gradients are not those the plan was made for. The
   // factors are as in Work::start.
@@ -190,6 +193,7 @@ class Plan {
     if (is_usable_) work_.place(&row, dtypes, row.layout.cuda);
     row.list_memory(&written_);
     is_on_gpu_ = is_on_gpu_ && row.backend != Backend::cpu;
+    counts_for_gpu_ |= row.layout.cuda >= 0 && work_.rule().counts_steps && !row.is_live;
   }
 
   std::vector<bool> read_guards(PyObject* group) const {
@@ -306,6 +310,7 @@ class Plan {
   const gpu::Api* const api_;
   bool is_usable_ = true;
   bool is_on_gpu_ = true;
+  bool counts_for_gpu_ = false;
   bool running_ = false;
   std::vector<py::object> guards_;
   std::vector<int> variants_;                    // [group]

@@ -52,14 +52,12 @@ def run(
 def test_a_replayed_graph_equals_steps(
     case: Case, dtype: torch.dtype, max_grad_norm: float | None, engine: str, device: torch.device
 ) -> None:
-    more = {"capturable": True} if "capturable" in case.ours([torch.zeros(1)]).defaults else {}
     results = []
     for capture_at in (None, 2):
         params = on(device, parameters(SHAPES, dtype))
-        optimizer = case.ours(params, backend=engine, max_grad_norm=max_grad_norm, **more)
+        optimizer = case.ours(params, backend=engine, max_grad_norm=max_grad_norm)
+        optimizer.param_groups[0]["capturable"] = True
         results.append(run(optimizer, params, 6, capture_at))
-    if case.row.ours is pyoptim.Adagrad:
-        pytest.skip("torch's Adagrad has no capturable: its counters stay on the host")
     assert_same_bits(*results)
 
 
@@ -121,13 +119,11 @@ def test_a_host_counter_is_refused_inside_a_graph(engine: str, device: torch.dev
 def test_a_step_never_waits(case: Case, how: str, engine: str, device: torch.device) -> None:
     params = on(device, parameters(SHAPES, torch.float32))
     options: dict[str, Any] = {"max_grad_norm": MAX_NORM} if how == "clipped" else {}
-    if how in ("capturable", "tensor_lr") and "capturable" not in case.ours(params).defaults:
-        pytest.skip(f"{case.row.ours.__name__} has no capturable")
-    if how == "capturable":
-        options = {"capturable": True}
-    if how == "tensor_lr":
-        options = {"lr": scalar(0.1, device)}
     optimizer = case.ours(params, backend=engine, **options)
+    if how == "capturable":
+        optimizer.param_groups[0]["capturable"] = True
+    if how == "tensor_lr":
+        optimizer.param_groups[0]["lr"] = scalar(0.1, device)
     found_inf, scale = scalar(0.0, device), scalar(2.0, device)
     for step in range(4):
         fill_grads(params, step)
