@@ -156,14 +156,9 @@ PYBIND11_MODULE(_C, m) {
                     const py::object&>())
       .def("step",
            &Plan::step,
-           py::arg("param_groups"),
-           py::arg("state"),
-           py::arg("inv_scale") = 1.0,
-           py::arg("clip") = 1.0,
-           py::arg("devices") = py::none(),
            "True when the step was made, False when the general path has to make it")
+      .def("scaled_step", &Plan::scaled_step)
       .def_property_readonly("is_on_gpu", &Plan::is_on_gpu)
-      .def_property_readonly("counts_for_gpu", &Plan::counts_for_gpu)
       .def_property_readonly("devices", &Plan::devices);
 
   m.def("run_rows", &run_rows);

@@ -50,6 +50,16 @@ class Memory:
         return 0 if index < 0 else torch._C._cuda_getCurrentRawStream(index)
 
     @staticmethod
+    def check_not_capturing() -> None:
+        """Raises inside a CUDA graph's capture, for a step whose number the host keeps."""
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "Attempting CUDA graph capture of a step() whose number the host keeps: every "
+                "replay would make the same step. Set capturable=True, in the constructor or in "
+                "param_groups, and make a step before the capture"
+            )
+
+    @staticmethod
     def on_device(value: Tensor, name: str, index: int) -> Tensor:
         """Returns a hyper-parameter as one float32 or float64 number on the device.
 
@@ -73,13 +83,3 @@ def index_of(device: torch.device) -> int:
 def is_capturing(device: torch.device) -> bool:
     """Whether work for the device is being recorded into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def check_not_capturing(name: str) -> None:
-    """Raises inside a CUDA graph's capture, for a step whose number the host keeps."""
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"Attempting CUDA graph capture of step() for an instance of {name} whose step count "
-            "the host keeps: every replay would make the same step. Set capturable=True, in the "
-            "constructor or in param_groups, and make a step before the capture"
-        )

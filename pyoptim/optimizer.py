@@ -13,7 +13,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from pyoptim import backend, ops
 from pyoptim.factors import Factors, step_factors
-from pyoptim.gpu import Memory, check_not_capturing
+from pyoptim.gpu import Memory
 from pyoptim.plan import fill_lists, general_step
 from pyoptim.rows import HALF_DTYPES, Row, new_counter
 
@@ -202,24 +202,25 @@ class FusedOptimizer(Optimizer):
 
     def _update(self) -> None:
         plan = self._plan if self._plan_epoch == backend.current_epoch() else None
-        if plan is not None and self._planned_step(plan):
-            return
+        if plan is not None:
+            if self.max_grad_norm is None and self.found_inf is None:
+                is_done = plan.step(self.param_groups, self.state)
+            else:
+                is_done = self._scaled_step(plan)
+            if is_done:
+                return
         self._plan_epoch = backend.current_epoch()
         general_step(self)
 
-    def _planned_step(self, plan: Any) -> bool:
+    def _scaled_step(self, plan: Any) -> bool:
         """Says whether the step was made, or is to be skipped."""
-        if plan.counts_for_gpu:
-            check_not_capturing(type(self).__name__)
-        if self.max_grad_norm is None and self.found_inf is None:
-            made: bool = plan.step(self.param_groups, self.state)
-            return made
         groups = self.param_groups
         grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         factors = step_factors(self, grads, plan.is_on_gpu, plan.devices)
         if factors is None:
             return True
-        made = plan.step(groups, self.state, factors.inv_scale, factors.clip, factors.devices)
+        inv_scale, clip = factors.inv_scale, factors.clip
+        made: bool = plan.scaled_step(groups, self.state, inv_scale, clip, factors.devices)
         return made
 
     @property

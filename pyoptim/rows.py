@@ -128,7 +128,7 @@ def _checked_row(
         row.backend = "reference"
     row.is_live = is_live(optimizer, row, has_scaler)
     if optimizer.counts_steps and not row.is_live and row.param.is_cuda:
-        gpu.check_not_capturing(type(optimizer).__name__)
+        gpu.Memory.check_not_capturing()
     return row
 
 

@@ -149,19 +149,21 @@ class Plan {
 
   std::vector<int32_t> devices() const { return work_.devices(); }
 
-  // Whether a CUDA graph of this step would make the same step number again and again.
-  bool counts_for_gpu() const { return counts_for_gpu_; }
-
   // One step over everything that has a gradient, or nothing at all: false, and nothing has
-  // changed, when parameters, state, options or gradients are not those the plan was made for. The
-  // factors are as in Work::start.
-  bool step(const py::list& param_groups,
-            const py::object& state,
-            double inv_scale,
-            double clip,
-            const py::object& devices) {
+  // changed, when parameters, state, options or gradients are not those the plan was made for.
+  bool step(const py::list& param_groups, const py::object& state) {
+    return scaled_step(param_groups, state, 1.0, 1.0, py::none());
+  }
+
+  // The factors are as in Work::start.
+  bool scaled_step(const py::list& param_groups,
+                   const py::object& state,
+                   double inv_scale,
+                   double clip,
+                   const py::object& devices) {
     if (running_)
       throw std::runtime_error("step() of this optimizer is already running in another thread");
+    if (counts_for_gpu_) work_.memory().attr("check_not_capturing")();
     stepped_.clear();
     live_grads_.clear();
     const bool collected =
@@ -310,7 +312,7 @@ class Plan {
   const gpu::Api* const api_;
   bool is_usable_ = true;
   bool is_on_gpu_ = true;
-  bool counts_for_gpu_ = false;
+  bool counts_for_gpu_ = false;  // a graph would make the same step number again and again
   bool running_ = false;
   std::vector<py::object> guards_;
   std::vector<int> variants_;                    // [group]

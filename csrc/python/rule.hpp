@@ -126,12 +126,15 @@ class HyperCache {
  public:
   explicit HyperCache(const Rule& rule) : rule_(rule) {}
 
-  // clip multiplies the gradients of the blocks that are asked for with it.
-  void start(RawHypers raw, double clip) {
-    raw_ = std::move(raw);
+  // Forgets everything; the caller fills the raw values, one empty row per group. clip multiplies
+  // the gradients of the blocks that are asked for with it.
+  RawHypers* start(size_t n_groups, double clip) {
+    raw_.resize(n_groups);
+    for (std::vector<double>& of_group : raw_) of_group.clear();
     clip_ = clip;
     blocks_.clear();
-    latest_.assign(raw_.size() * 4, Latest());
+    latest_.assign(n_groups * 4, Latest());
+    return &raw_;
   }
 
   const RawHypers& raw() const { return raw_; }

@@ -96,6 +96,7 @@ class Work {
 
   const Rule& rule() const { return rule_; }
   const StepFactors& factors() const { return factors_; }
+  const py::object& memory() const { return memory_; }
   int variant(int group) const { return rule_.variant(hypers_.raw()[group].data()); }
   int64_t host_elements() const { return table_.total; }
 
@@ -133,12 +134,10 @@ class Work {
     if (found == buckets_.end()) buckets_.push_back(bucket);
   }
 
-  // False when the row cannot be stepped as it is: its group or the factors are to be read on the
-  // device, its counter is on the host and could not be taken back.
+  // False when the row cannot be stepped as it is, because the host keeps its counter.
   bool add(StepRow* row) {
     if (!row->is_live) {
-      if (waits_for_device_[row->group]) return false;
-      if (factors_.skips() && rule_.is_counted(variant(row->group))) return false;
+      if (needs_device_[row->group]) return false;
       row->table_row.hyper = hypers_.index(row->group,
                                            row->counter.next(),
                                            row->first,
@@ -182,7 +181,9 @@ class Work {
 
  private:
   void read_factors(double inv_scale, double clip, const py::object& devices) {
-    factors_ = {inv_scale, clip, {}};
+    factors_.inv_scale = inv_scale;
+    factors_.clip = clip;
+    factors_.devices.clear();
     if (devices.is_none()) return;
     for (const auto& [device, tensors] : py::cast<py::dict>(devices)) {
       const auto fields = py::reinterpret_borrow<py::tuple>(tensors);
@@ -191,20 +192,25 @@ class Work {
   }
 
   void read_groups(const py::list& param_groups) {
-    RawHypers raw(param_groups.size());
-    is_live_group_.resize(raw.size());
-    waits_for_device_.assign(raw.size(), false);
+    const size_t n = param_groups.size();
+    RawHypers& raw = *hypers_.start(n, factors_.clip);
+    is_live_group_.resize(n);
+    needs_device_.assign(n, false);
     sources_.clear();
-    for (size_t g = 0; g < raw.size(); ++g) {
+    for (size_t g = 0; g < n; ++g) {
+      PyObject* const group = PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(g));
       for (size_t i = 0; i < readers_.size(); ++i) {
-        const HyperValue value = readers_[i].read(param_groups[g].ptr(), is_live_group_[g]);
+        const HyperValue value = readers_[i].read(group, is_live_group_[g]);
         raw[g].push_back(value.number);
         if (!value.tensor) continue;
         sources_.push_back({static_cast<int>(g), static_cast<int>(i), value.tensor});
-        waits_for_device_[g] = true;
+        needs_device_[g] = true;
       }
     }
-    hypers_.start(std::move(raw), factors_.clip);
+    // What the host counts cannot be taken back when the device finds an infinity.
+    for (size_t g = 0; factors_.skips() && g < n; ++g) {
+      needs_device_[g] |= rule_.is_counted(variant(static_cast<int>(g)));
+    }
   }
 
   LiveGroups live_groups(int32_t device) const {
@@ -232,9 +238,9 @@ class Work {
   Table table_;
   std::vector<Bucket> buckets_;
   StepFactors factors_;
-  std::vector<bool> is_live_group_;     // [group]
-  std::vector<bool> waits_for_device_;  // [group]: it has a source
-  std::vector<LiveSource> sources_;     // of this step
+  std::vector<bool> is_live_group_;  // [group]
+  std::vector<char> needs_device_;   // [group]: only a live row can be stepped
+  std::vector<LiveSource> sources_;  // of this step
 };
 
 // What run_rows keeps of one row.
