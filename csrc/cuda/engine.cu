@@ -5,6 +5,10 @@
 
 #include "cuda/launchers.hpp"
 
+#if !defined(PYOPTIM_EMULATOR)
+#include <cuda.h>
+#endif
+
 namespace pyoptim::gpu {
 namespace {
 
@@ -44,16 +48,54 @@ const char* failure(const char* what, const char* rule, const Queue& queue, std:
   return keep(text + " on device " + std::to_string(queue.device) + " failed: " + why);
 }
 
+#if defined(PYOPTIM_EMULATOR)
+
+using Place = int;
+
+cudaError_t find_place(Place* place) { return cudaGetDevice(place); }
+cudaError_t return_to(Place place) { return cudaSetDevice(place); }
+
+#else
+
+// The driver's context of this thread. torch has a CUDA runtime of its own, and both find the
+// device in it: to put back what our runtime believes to be the device might move torch to another
+// one.
+using Place = CUcontext;
+
+template <class Function>
+Function driver_function(const char* name) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+  const cudaError_t status =
+      cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result);
+#else
+  const cudaError_t status = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
+#endif
+  return status == cudaSuccess ? reinterpret_cast<Function>(found) : nullptr;
+}
+
+cudaError_t find_place(Place* place) {
+  static const auto get = driver_function<CUresult (*)(CUcontext*)>("cuCtxGetCurrent");
+  return get && get(place) == CUDA_SUCCESS ? cudaSuccess : cudaErrorInitializationError;
+}
+
+cudaError_t return_to(Place place) {
+  static const auto set = driver_function<CUresult (*)(CUcontext)>("cuCtxSetCurrent");
+  return set && set(place) == CUDA_SUCCESS ? cudaSuccess : cudaErrorInitializationError;
+}
+
+#endif
+
 template <class Body>
 cudaError_t run_on(const Queue& queue, const Body& body) {
-  int former = 0;
-  cudaError_t status = cudaGetDevice(&former);
+  Place former = {};
+  cudaError_t status = find_place(&former);
   if (status != cudaSuccess) return status;
-  // Also when it is the former one already: the thread's context may have been set by others.
   status = cudaSetDevice(queue.device);
   if (status == cudaSuccess) status = body(reinterpret_cast<cudaStream_t>(queue.stream));
-  const cudaError_t restored = former == queue.device ? cudaSuccess : cudaSetDevice(former);
-  return status != cudaSuccess ? status : restored;
+  const cudaError_t returned = return_to(former);
+  return status != cudaSuccess ? status : returned;
 }
 
 // Runs body(stream) on the queue's device.
