@@ -3,6 +3,7 @@
 from pyoptim._version import __version__
 from pyoptim.adagrad import Adagrad
 from pyoptim.adam import Adam, AdamW
+from pyoptim.amp import GradScaler
 from pyoptim.backend import BackendError, use_backend
 from pyoptim.norms import clip_grad_norm_, row_sums, tensor_norms, total_norm
 from pyoptim.rmsprop import RMSprop
@@ -14,6 +15,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "BackendError",
+    "GradScaler",
     "RMSprop",
     "__version__",
     "clip_grad_norm_",

@@ -28,8 +28,17 @@ SCALES = {"power-of-two": 2.0**10, "odd": 1000.7}
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 
 
+SCALERS = {"torch": torch.amp.GradScaler, "pyoptim": pyoptim.GradScaler}
+
+
+@pytest.fixture(autouse=True, params=SCALERS)
+def scaler_class(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(make_scaler, "scaler", SCALERS[request.param], raising=False)
+    return make_scaler.scaler  # type: ignore[attr-defined]
+
+
 def make_scaler(scale: float = 2.0**10) -> torch.amp.GradScaler:
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+    scaler = make_scaler.scaler("cpu", init_scale=scale, growth_interval=2)  # type: ignore[attr-defined]
     scaler.scale(torch.ones(()))  # sets it up, as the first backward pass would
     return scaler
 
@@ -224,3 +233,41 @@ def test_half_precision_gradients(dtype: torch.dtype) -> None:
         results.append([*params, *(p.grad for p in params)])
     unit = torch.finfo(dtype).eps
     assert_same(*results, rtol=4 * unit, atol=2 * unit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38, 0.0], ids=str)
+def test_whatever_is_not_finite_skips_the_step(value: float, dtype: torch.dtype) -> None:
+    """And nothing else: the square of 3e38 is no float32."""
+    for place in (0, 1, 2):
+        params = make_params(dtype=dtype)
+        optimizer, scaler = pyoptim.SGD(params, lr=1e-30), make_scaler(1.0)
+        scale_grads(params, scaler, 0)
+        params[place].grad.view(-1)[-1] = value
+        before = params[place].detach().clone()
+        scaler.step(optimizer)
+        is_finite = value in (3e38, 0.0)
+        assert scaler._found_inf_per_device(optimizer)[torch.device("cpu")].item() == (
+            not is_finite
+        )
+        assert is_finite or torch.equal(params[place], before)
+
+
+def test_sparse_and_complex_gradients_are_searched_too() -> None:
+    for spoil in (False, True):
+        for param, grad in (
+            (torch.zeros(3), torch.tensor([0.0, 1.0, 2.0]).to_sparse()),
+            (torch.zeros(3, dtype=torch.complex64), torch.ones(3, dtype=torch.complex64).conj()),
+        ):
+            parameter = Parameter(param)
+            parameter.grad = grad * (torch.nan if spoil else 1.0)
+            scaler = pyoptim.GradScaler("cpu")
+            scaler.scale(torch.ones(()))
+            scaler.step(pyoptim.SGD([parameter], lr=1.0))
+            assert bool(torch.count_nonzero(parameter.detach())) == (not spoil)
+
+
+def test_without_gradients_nothing_happens() -> None:
+    param = Parameter(torch.ones(3))
+    make_scaler().step(pyoptim.SGD([param], lr=1.0))
+    assert param.tolist() == [1.0] * 3

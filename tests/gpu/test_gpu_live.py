@@ -92,12 +92,13 @@ def test_steps_with_and_without_a_scaler_mix(case: Case, engine: str, device: to
         assert_same_bits([p.cpu() for p in params], wanted, f"step {step}")
 
 
-def test_grad_scaler_itself(engine: str, device: torch.device) -> None:
+@pytest.mark.parametrize("scaler_class", [torch.amp.GradScaler, pyoptim.GradScaler], ids=str)
+def test_grad_scaler_itself(scaler_class: Any, engine: str, device: torch.device) -> None:
     results = []
     for name, where in ((engine, device), ("cpu", torch.device("cpu"))):
         params = on(where, parameters([(5, 3), (70,)], torch.float32))
         optimizer = pyoptim.AdamW(params, backend=name)
-        scaler = torch.amp.GradScaler(where.type, init_scale=64.0, growth_interval=2)
+        scaler = scaler_class(where.type, init_scale=64.0, growth_interval=2)
         for step in range(6):
             optimizer.zero_grad()
             loss = sum((p * (3.0e38 if step == 2 else step + 1.0)).sum() for p in params)
