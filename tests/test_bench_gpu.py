@@ -805,10 +805,6 @@ def test_run_without_failure_succeeds(copied_script, tmp_path):
     script, python = copied_script
     found = run_script(script, "--stages", "tests", str(tmp_path / "out"), PYTHON=str(python))
     assert found.returncode == 0, found.stdout
-    shutil.rmtree(tmp_path / "tests")
-    found = run_script(script, "--stages", "tests", str(tmp_path / "out"), PYTHON=str(python))
-    assert found.returncode == 1
-    assert "nothing was tested" in (tmp_path / "out" / "tests.log").read_text()
 
 
 @needs_bash

@@ -1,0 +1,444 @@
+"""The multi-tensor update: one kernel for every rule, variant and set of dtypes.
+
+Semantics: struct Update and struct Prepare in csrc/cuda/api.hpp.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pyoptim.kernels import launcher
+from pyoptim.kernels.elements import float64_of, narrow, widen
+from pyoptim.kernels.launcher import Array, bits_of, upload
+from pyoptim.kernels.rules import RULES
+
+# Elements a program handles at once (half as many in float64): two 16-byte vectors of float32 per
+# array in each of the 128 threads, which leaves the largest rule within 128 registers.
+BLOCK = 1024
+# Elements per program: 1 M elements are then 128 programs, about one for each processor of a large
+# GPU. Not measured.
+CHUNK = 8 * BLOCK
+# Rows per program of `prepare`.
+PREPARE_BLOCK = 128
+HYPER_BYTES = 96  # kHyperBytes
+MAX_HYPERS = 12  # kMaxHypers
+
+
+class DTypes(NamedTuple):
+    """Triton's types of a set of dtypes; bfloat16 as its bits."""
+
+    param: tl.dtype
+    state: tl.dtype
+    vector: int  # elements in 16 bytes of the widest array; every array is read by this many
+
+    @property
+    def compute(self) -> tl.dtype:
+        return tl.float64 if self.param == tl.float64 else tl.float32
+
+    @property
+    def compute_torch(self) -> torch.dtype:
+        return torch.float64 if self.param == tl.float64 else torch.float32
+
+    def bytes_of(self, array: int) -> int:
+        """The size of an element of param (0), grad (1) or a state."""
+        dtype = self.param if array < 2 else self.state
+        return int(dtype.primitive_bitwidth) // 8
+
+
+DTYPES = {
+    "f64": DTypes(tl.float64, tl.float64, 2),
+    "f32": DTypes(tl.float32, tl.float32, 4),
+    "bf16": DTypes(tl.uint16, tl.uint16, 8),
+    "f16": DTypes(tl.float16, tl.float16, 8),
+    "bf16_state32": DTypes(tl.uint16, tl.float32, 4),
+    "f16_state32": DTypes(tl.float16, tl.float32, 4),
+}
+
+
+@triton.jit
+def _pointer(address, ELEMENT: tl.constexpr, start, VECTOR: tl.constexpr):
+    pointer = address.to(tl.pointer_type(ELEMENT)) + start
+    if VECTOR > 1:
+        # On the pointer, not on the integer: the hint does not survive the cast.
+        pointer = tl.multiple_of(pointer, VECTOR * (ELEMENT.primitive_bitwidth // 8))
+    return pointer
+
+
+@triton.jit
+def _update_block(
+    pointers,
+    offsets,
+    mask,
+    hyper,
+    inv_scale,
+    clip,
+    UPDATE: tl.constexpr,
+    V: tl.constexpr,
+    N_STATES: tl.constexpr,
+    PARAM: tl.constexpr,
+    STATE: tl.constexpr,
+    UNSCALES: tl.constexpr,
+    CLIPS: tl.constexpr,
+):
+    p = widen(tl.load(pointers[0] + offsets, mask=mask))
+    g = widen(tl.load(pointers[1] + offsets, mask=mask))
+    states = ()
+    for i in tl.static_range(N_STATES):
+        states += (widen(tl.load(pointers[2 + i] + offsets, mask=mask)),)
+    if UNSCALES:
+        rounded = narrow(g * inv_scale, PARAM)
+        tl.store(pointers[1] + offsets, rounded, mask=mask)
+        g = widen(rounded)
+    if CLIPS:
+        g = g * clip
+    p, states = UPDATE(p, g, states, hyper, V)
+    tl.store(pointers[0] + offsets, narrow(p, PARAM), mask=mask)
+    for i in tl.static_range(N_STATES):
+        tl.store(pointers[2 + i] + offsets, narrow(states[i], STATE), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=["inv_scale_bits", "clip_bits", "n_rows", "n_chunks"],
+    do_not_specialize_on_alignment=[
+        *("addresses", "layout", "hypers", "grad_scale", "clip_at", "found_inf")
+    ],
+)
+def update_kernel(
+    addresses,  # int64 [2 + N_STATES][n_rows]
+    layout,  # int64: numel [n_rows], hyper [n_rows], row [n_chunks], number in row [n_chunks]
+    n_rows,
+    n_chunks,
+    hypers,  # COMPUTE, blocks of HYPER_STRIDE
+    inv_scale_bits: tl.int64,
+    grad_scale,  # float32 [1], or None
+    clip_bits: tl.int64,
+    clip_at,  # float64 [1], or None
+    found_inf,  # float32 [1], or None
+    UPDATE: tl.constexpr,
+    V: tl.constexpr,
+    N_STATES: tl.constexpr,
+    N_FIELDS: tl.constexpr,
+    HYPER_STRIDE: tl.constexpr,
+    PARAM: tl.constexpr,
+    STATE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNSCALES: tl.constexpr,
+    CLIPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    of_chunk = layout + 2 * n_rows + tl.program_id(0)
+    row = tl.load(of_chunk)
+    start = tl.load(of_chunk + n_chunks) * CHUNK
+    left = tl.minimum(tl.load(layout + row) - start, CHUNK).to(tl.int32)
+    if found_inf is not None:
+        left = tl.where(tl.load(found_inf) == 0, left, 0)
+
+    inv_scale = float64_of(inv_scale_bits)
+    if grad_scale is not None:
+        inv_scale = 1.0 / tl.load(grad_scale).to(tl.float64)
+    clip = float64_of(clip_bits)
+    if clip_at is not None:
+        clip = tl.load(clip_at)
+    inv_scale = inv_scale.to(COMPUTE)
+    clip = clip.to(COMPUTE)
+    block = hypers + tl.load(layout + n_rows + row) * HYPER_STRIDE
+    hyper = ()
+    for i in tl.static_range(N_FIELDS):
+        hyper += (tl.load(block + i),)
+
+    pointers = ()
+    for i in tl.static_range(2 + N_STATES):
+        address = tl.load(addresses + i * n_rows + row)
+        if i < 2:
+            pointers += (_pointer(address, PARAM, start, VECTOR),)
+        else:
+            pointers += (_pointer(address, STATE, start, VECTOR),)
+    lanes = tl.arange(0, BLOCK)
+    full = left // BLOCK * BLOCK
+    for begin in range(0, full, BLOCK):
+        offsets = begin + lanes
+        _update_block(
+            pointers,
+            offsets,
+            None,
+            hyper,
+            inv_scale,
+            clip,
+            UPDATE,
+            V,
+            N_STATES,
+            PARAM,
+            STATE,
+            UNSCALES,
+            CLIPS,
+        )
+    if full < left:
+        offsets = full + lanes
+        _update_block(
+            pointers,
+            offsets,
+            offsets < left,
+            hyper,
+            inv_scale,
+            clip,
+            UPDATE,
+            V,
+            N_STATES,
+            PARAM,
+            STATE,
+            UNSCALES,
+            CLIPS,
+        )
+
+
+@triton.jit
+def _live_value(value, source, is_double, mask):
+    """`value`, or what lies at the address `source`, if it is not 0."""
+    is_live = mask & (source != 0)
+    single = tl.load(
+        source.to(tl.pointer_type(tl.float32)), mask=is_live & (is_double == 0), other=0.0
+    )
+    double = tl.load(
+        source.to(tl.pointer_type(tl.float64)), mask=is_live & (is_double != 0), other=0.0
+    )
+    live = tl.where(is_double != 0, double, single.to(tl.float64))
+    return tl.where(is_live, live, value)
+
+
+@triton.jit(
+    do_not_specialize=["n_rows", "n_groups"],
+    do_not_specialize_on_alignment=["rows", "raw", "live", "found_inf", "hypers"],
+)
+def prepare_kernel(
+    rows,  # int64: counter address [n_rows], whether it is float64 [n_rows], group [n_rows]
+    n_rows,
+    raw,  # float64 [n_groups][MAX_HYPERS]
+    live,  # int64: address [n_groups][MAX_HYPERS], whether it is float64 [n_groups][MAX_HYPERS]
+    n_groups,
+    found_inf,  # float32 [1], or None
+    hypers,  # COMPUTE, blocks of HYPER_STRIDE, output
+    PREPARE: tl.constexpr,
+    N_HYPERS: tl.constexpr,
+    N_FIELDS: tl.constexpr,
+    MAX_HYPERS: tl.constexpr,
+    HYPER_STRIDE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n_active = n_rows
+    if found_inf is not None:
+        n_active = tl.where(tl.load(found_inf) == 0, n_rows, 0)
+    mask = row < n_active
+    counter = tl.load(rows + row, mask=mask, other=0)
+    is_double = tl.load(rows + n_rows + row, mask=mask, other=0)
+    step = _live_value(tl.zeros([BLOCK], tl.float64), counter, is_double, mask) + 1.0
+    first = (counter != 0) & (step == 1.0)
+    of_group = tl.load(rows + 2 * n_rows + row, mask=mask, other=0) * MAX_HYPERS
+    values = ()
+    for i in tl.static_range(N_HYPERS):
+        value = tl.load(raw + of_group + i, mask=mask, other=0.0)
+        source = tl.load(live + of_group + i, mask=mask, other=0)
+        source_is_double = tl.load(live + n_groups * MAX_HYPERS + of_group + i, mask=mask, other=0)
+        values += (_live_value(value, source, source_is_double, mask),)
+    fields = PREPARE(values, step, first)
+    for i in tl.static_range(N_FIELDS):
+        tl.store(hypers + row * HYPER_STRIDE + i, fields[i].to(COMPUTE), mask=mask)
+    counts = mask & (counter != 0)
+    tl.store(
+        counter.to(tl.pointer_type(tl.float32)), step.to(tl.float32), mask=counts & (is_double == 0)
+    )
+    tl.store(counter.to(tl.pointer_type(tl.float64)), step, mask=counts & (is_double != 0))
+
+
+_serials = itertools.count()
+
+
+@dataclass(eq=False)  # each is the key of its own tables
+class _Part:
+    """The rows of one launch."""
+
+    vector: int
+    rows: Array  # indices
+    layout: Array
+    n_chunks: int
+    # Tells it from every other: an id() is given again once its object is gone.
+    serial: int = field(default_factory=lambda: next(_serials))
+
+
+def update(
+    rule: str,
+    variant: int,
+    dtypes: str,
+    device: torch.device,
+    addresses: bytes,
+    numels: bytes,
+    hyper_index: bytes,
+    hypers: bytes,
+    live_hypers: Tensor | None,
+    inv_scale: float,
+    grad_scale: Tensor | None,
+    clip: float,
+    clip_at: Tensor | None,
+    found_inf: Tensor | None,
+    cache: dict[Any, Any],
+) -> None:
+    """Updates rows that share a rule, a variant and a set of dtypes, on torch's current stream.
+
+    Args:
+        dtypes: a key of DTYPES.
+        addresses: int64 [2 + n_states][n]: param, grad, states.
+        numels: int64 [n].
+        hyper_index: int32 [n], which block of `hypers`; not read with `live_hypers`.
+        hypers: [m] blocks of 96 bytes, the rule's C++ Hyper struct.
+        live_hypers: uint8 [n * 96] on `device`, one block per row, in place of `hypers`; or None.
+        inv_scale, grad_scale, clip, clip_at, found_inf: as struct GradFactors in csrc/cuda/api.hpp.
+        cache: of the caller, for these rows; keeps the tables on the device, for as long as graphs
+            captured from calls with it may be replayed.
+    """
+    of_rule, types = RULES[rule], DTYPES[dtypes]
+    n_states = of_rule.N_STATES[variant]
+    table = np.frombuffer(addresses, np.int64).reshape(2 + n_states, -1)
+    with launcher.on(device):
+        if live_hypers is None:
+            source = np.frombuffer(hypers, np.uint8)
+            blocks = upload(cache, "hypers", device, hypers, source.copy)
+        else:
+            hyper_index = b""
+            blocks = live_hypers
+        for part in _parts(cache, types, table, numels, hyper_index):
+            launcher.launch(
+                update_kernel,
+                (part.n_chunks,),
+                *_tables(cache, device, part, table, addresses),
+                len(part.rows),
+                part.n_chunks,
+                blocks.view(types.compute_torch),
+                bits_of(inv_scale),
+                grad_scale,
+                bits_of(clip),
+                clip_at,
+                found_inf,
+                UPDATE=of_rule.update,
+                V=variant,
+                N_STATES=n_states,
+                N_FIELDS=of_rule.N_FIELDS,
+                HYPER_STRIDE=HYPER_BYTES // types.compute_torch.itemsize,
+                PARAM=types.param,
+                STATE=types.state,
+                COMPUTE=types.compute,
+                VECTOR=part.vector,
+                UNSCALES=grad_scale is not None or inv_scale != 1.0,
+                CLIPS=clip_at is not None or clip != 1.0,
+                BLOCK=BLOCK // (2 if types.compute == tl.float64 else 1),
+                CHUNK=CHUNK,
+            )
+
+
+def _tables(
+    cache: dict[Any, Any], device: torch.device, part: _Part, table: Array, addresses: bytes
+) -> tuple[Tensor, Tensor]:
+    # `part` is made anew where anything but the addresses changes.
+    return (
+        upload(
+            *(cache, f"addresses of {part.vector}", device, (addresses, part.serial)),
+            lambda: np.ascontiguousarray(table[:, part.rows]).reshape(-1),
+        ),
+        upload(cache, f"layout of {part.vector}", device, part.serial, lambda: part.layout),
+    )
+
+
+def _parts(
+    cache: dict[Any, Any], types: DTypes, table: Array, numels: bytes, hyper_index: bytes
+) -> list[_Part]:
+    """Rows that are aligned for whole vectors, and the others: a kernel for both would be slow."""
+    size = np.array([types.bytes_of(i) for i in range(len(table))])[:, None]
+    is_aligned = (table % (types.vector * size) == 0).all(axis=0)
+    key = (types, numels, hyper_index, is_aligned.tobytes(), BLOCK, CHUNK)
+    if cache.get("parts", (None,))[0] != key:
+        numel = np.frombuffer(numels, np.int64)
+        index = np.frombuffer(hyper_index, np.int32) if hyper_index else np.arange(len(numel))
+        parts = [
+            _part(vector, np.flatnonzero((numel > 0) & rows), numel, index)
+            for vector, rows in ((types.vector, is_aligned), (1, ~is_aligned))
+        ]
+        cache["parts"] = key, [part for part in parts if part.n_chunks]
+    found: list[_Part] = cache["parts"][1]
+    return found
+
+
+def _part(vector: int, rows: Array, numel: Array, hyper_index: Array) -> _Part:
+    row, number = launcher.cut(numel[rows], CHUNK)
+    layout = np.concatenate([numel[rows], hyper_index[rows], row, number]).astype(np.int64)
+    return _Part(vector, rows, layout, len(row))
+
+
+def prepare(
+    rule: str,
+    is_double: bool,
+    device: torch.device,
+    raw: bytes,
+    sources: bytes,
+    source_is_double: bytes,
+    counters: bytes,
+    counter_is_double: bytes,
+    groups: bytes,
+    found_inf: Tensor | None,
+    hypers: Tensor,
+    cache: dict[Any, Any],
+) -> None:
+    """Counts a step and prepares the hyper-parameters of every row, on torch's current stream.
+
+    Args:
+        raw: float64 [g][12], in the order of kHyperNames.
+        sources: int64 [g][12], addresses on the device that replace raw; 0 where none does.
+        source_is_double: uint8 [g][12], else float32.
+        counters: int64 [n], addresses of step counters; 0 where the rule has none.
+        counter_is_double: uint8 [n], else float32.
+        groups: int32 [n], the group of each row.
+        found_inf: float32 [1]: when it is not 0, nothing is written; or None.
+        hypers: uint8 [n * 96], output.
+        cache: as for `update`.
+    """
+    of_rule = RULES[rule]
+    compute, compute_torch = (
+        (tl.float64, torch.float64) if is_double else (tl.float32, torch.float32)
+    )
+    n_rows, n_groups = len(counter_is_double), len(raw) // (8 * MAX_HYPERS)
+    if n_rows == 0:
+        return
+    rows_of = ((counters, np.int64), (counter_is_double, np.uint8), (groups, np.int32))
+    live_of = ((sources, np.int64), (source_is_double, np.uint8))
+    with launcher.on(device):
+        launcher.launch(
+            prepare_kernel,
+            (-(-n_rows // PREPARE_BLOCK),),
+            upload(cache, "rows", device, rows_of, lambda: _int64(rows_of)),
+            n_rows,
+            upload(cache, "raw", device, raw, lambda: np.frombuffer(raw).copy()),
+            upload(cache, "live", device, live_of, lambda: _int64(live_of)),
+            n_groups,
+            found_inf,
+            hypers.view(compute_torch),
+            PREPARE=of_rule.prepare,
+            N_HYPERS=of_rule.N_HYPERS,
+            N_FIELDS=of_rule.N_FIELDS,
+            MAX_HYPERS=MAX_HYPERS,
+            HYPER_STRIDE=HYPER_BYTES // compute_torch.itemsize,
+            COMPUTE=compute,
+            BLOCK=PREPARE_BLOCK,
+        )
+
+
+def _int64(arrays: tuple[tuple[bytes, Any], ...]) -> Array:
+    return np.concatenate([np.frombuffer(data, dtype).astype(np.int64) for data, dtype in arrays])

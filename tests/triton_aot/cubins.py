@@ -1,0 +1,184 @@
+"""Compiles what the engine launches, through Triton's own launch path, and reads the machine code.
+
+The calls are those of the engine. Only the driver is not real, and the last step, the launch, is
+`warmup`, which compiles for the same arguments.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from pyoptim.kernels import engine, launcher, reduce
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CPU = torch.device("cpu")
+ARCHS = (80, 90, 100, 120)
+UpdateJob = tuple[str, int, str, bool, bool]  # rule, variant, dtypes, is aligned, with live factors
+
+
+class PretendedDriver:
+    """As much of a driver as a launch asks for before it would touch the device."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # one cache of compiled kernels for each
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_device_capability(self) -> tuple[int, int]:
+        return divmod(self.arch, 10)
+
+
+@dataclass(frozen=True)
+class Code:
+    """What is known of one compiled kernel."""
+
+    name: str
+    registers: int
+    stack: int
+    shared: int
+    ptx: str
+    sass: str  # or nothing: of some kernels for sm_90
+
+    def count(self, pattern: str) -> int:
+        return len(re.findall(pattern, self.ptx))
+
+    def count_instructions(self, pattern: str) -> int:
+        return len(re.findall(rf"\b{pattern}", self.sass))
+
+
+def compile_calls(name: str, arch: int, call: Callable[[], None]) -> list[Code]:
+    """The kernels that `call` would launch on a device of this architecture."""
+    found: list[Any] = []
+
+    def compile_only(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        found.append(kernel.warmup(*args, grid=grid, **constants, **launcher.OPTIONS))
+
+    real = launcher.launch
+    triton.runtime.driver.set_active(PretendedDriver(arch))
+    launcher.launch = compile_only
+    try:
+        call()
+    finally:
+        launcher.launch = real
+    # Disassembling takes as long as compiling.
+    with_sass = arch == 90 and not name.startswith(("rmsprop", "prepare", "sums"))
+    return [read(f"sm_{arch} {name}", k.asm["cubin"], k.asm["ptx"], with_sass) for k in found]
+
+
+def read(name: str, cubin: bytes, ptx: str, with_sass: bool) -> Code:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run("cuobjdump", "-res-usage", file.name)
+        sass = _run("nvdisasm", "-c", file.name) if with_sass else ""
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+    assert found, usage
+    # Without comments: they would name instructions too.
+    code = "\n".join(line for line in ptx.splitlines() if not line.lstrip().startswith("//"))
+    return Code(name, *map(int, found.groups()), code, sass)
+
+
+def _run(tool: str, *args: str) -> str:
+    return subprocess.run([TOOLS / tool, *args], capture_output=True, text=True, check=True).stdout
+
+
+# -- jobs, by name: they run in other processes ----------------------------------------------------
+
+
+def update_jobs(arch: int) -> list[UpdateJob]:
+    """Every update kernel for sm_90, and for every architecture with PYOPTIM_TRITON_AOT=all, which
+    takes twice the time; else, for the others, those of the sets of dtypes that differ most.
+
+    The live factors add the same instructions to every rule: one of them stands for all.
+    """
+    is_full = arch == 90 or os.environ.get("PYOPTIM_TRITON_AOT") == "all"
+    sets = list(engine.DTYPES) if is_full else ["f32", "bf16", "bf16_state32"]
+    jobs = [
+        (rule, variant, dtypes, is_aligned, False)
+        for rule, module in engine.RULES.items()
+        for variant in range(len(module.N_STATES))
+        for dtypes in sets
+        for is_aligned in (True, False)
+    ]
+    return jobs + [("adam", 1, d, is_aligned, True) for d in sets for is_aligned in (True, False)]
+
+
+def job_name(job: UpdateJob) -> str:
+    rule, variant, dtypes, is_aligned, is_live = job
+    aligned = "aligned" if is_aligned else "unaligned"
+    return f"{rule}.{variant} {dtypes} {aligned}" + (" factors" if is_live else "")
+
+
+def compile_update(job: UpdateJob, arch: int) -> list[Code]:
+    rule, variant, dtypes, is_aligned, is_live = job
+    n_arrays = 2 + engine.RULES[rule].N_STATES[variant]
+    size = engine.DTYPES[dtypes].bytes_of(0)
+    addresses = torch.full((n_arrays,), 4096 if is_aligned else 4096 + size).numpy().tobytes()
+    float32, float64 = torch.ones(1), torch.ones(1, dtype=torch.float64)
+
+    def call() -> None:
+        engine.update(
+            *(rule, variant, dtypes, CPU, addresses, torch.tensor([100]).numpy().tobytes()),
+            *(bytes(4), bytes(96), torch.zeros(96, dtype=torch.uint8) if is_live else None),
+            *(1.0, float32 if is_live else None, 1.0, float64 if is_live else None),
+            *(float32 if is_live else None, {}),
+        )
+
+    return compile_calls(job_name(job), arch, call)
+
+
+def compile_prepare(rule: str, arch: int) -> list[Code]:
+    def call() -> None:
+        for is_double in (False, True):
+            engine.prepare(
+                *(rule, is_double, CPU, bytes(96), bytes(96), bytes(12), bytes(8), bytes(1)),
+                *(bytes(4), torch.zeros(1), torch.zeros(96, dtype=torch.uint8), {}),
+            )
+
+    return compile_calls(f"prepare {rule}", arch, call)
+
+
+def compile_arrays(dtype: str, is_aligned: bool, arch: int) -> list[Code]:
+    """The kernels that read arrays given by addresses: partials of three kinds, and scale."""
+    address = torch.tensor([4096 if is_aligned else 4098]).numpy().tobytes()
+    numel, first = (torch.tensor([n]).numpy().tobytes() for n in (100, 0))
+    out = torch.zeros(1, dtype=torch.float64)
+
+    def call() -> None:
+        for kind in (0, 1, 2):
+            reduce.partials(kind, CPU, address, numel, dtype, first, out)
+        reduce.scale(CPU, address, numel, dtype, 0.5, None)
+
+    return compile_calls(f"{dtype} {'aligned' if is_aligned else 'unaligned'}", arch, call)
+
+
+def compile_others(arch: int) -> list[Code]:
+    out = torch.zeros(3, dtype=torch.float64)
+
+    def call() -> None:
+        for kind in (0, 1, 2):
+            reduce.norms(kind, out, [3], out)
+        reduce.clip(out, 1.0, 1.0, torch.ones(1), out)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            x = torch.zeros(8, dtype=dtype)
+            reduce.row_sums(x, x, 2, 4, 4, out)
+            reduce.row_sums(x, x, 2, 4, 1, out)
+        reduce.row_sums(x, x, 2, 1 << 20, 8, out)
+
+    return compile_calls("sums", arch, call)
