@@ -34,7 +34,7 @@ std::vector<double> read_hypers(const std::string& rule_name, const py::dict& gr
   const Rule& rule = find_rule(rule_name);
   std::vector<double> raw;
   for (int i = 0; i < rule.n_hypers; ++i)
-    raw.push_back(HyperReader(rule.hyper_names[i]).read(group.ptr()).number);
+    raw.push_back(HyperReader(rule.hyper_names[i]).read(group.ptr(), Keeps::device_tensors).number);
   return raw;
 }
 

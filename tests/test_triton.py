@@ -16,7 +16,7 @@ import pyoptim.kernels
 
 ROOT = Path(__file__).parents[1]
 INTERPRETED = {"TRITON_INTERPRET": "1"}
-COMPILED = {"PYOPTIM_TRITON_AOT": "all", "TRITON_INTERPRET": "0"}
+COMPILED = {"PYOPTIM_TRITON_AOT": "1", "TRITON_INTERPRET": "0"}
 NORMS = ("tests/test_norms.py", "tests/test_clip_grad_norm.py", "-k", "triton")
 # What pytest runs, where, and how many tests at least: a folder in which nothing is collected
 # proves nothing.

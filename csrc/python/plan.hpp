@@ -113,7 +113,8 @@ class Plan {
     for (const py::handle guard : guards)
       guards_.push_back(py::reinterpret_borrow<py::object>(guard));
     for (const py::tuple& row : rows) {
-      if (py::cast<bool>(row[6])) work_.mark_live(py::cast<size_t>(row[3]));
+      const auto backend = static_cast<Backend>(py::cast<int>(row[5]));
+      work_.expect(py::cast<size_t>(row[3]), backend, py::cast<bool>(row[6]));
     }
     work_.start(param_groups, 1.0, 1.0, py::none());
     for (size_t g = 0; g < param_groups.size(); ++g) {

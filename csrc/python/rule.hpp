@@ -75,6 +75,9 @@ struct HyperValue {
   PyObject* tensor = nullptr;  // borrowed from the group; number is then NaN
 };
 
+// Which hyper-parameters stay tensors, rather than become numbers that the host waits for.
+enum class Keeps : int8_t { nothing = 0, device_tensors, tensors };
+
 // Reads one hyper-parameter, "name" or "name.index", out of a param group.
 class HyperReader {
  public:
@@ -85,14 +88,13 @@ class HyperReader {
     index_ = dot == std::string::npos ? -1 : path[dot + 1] - '0';
   }
 
-  // Tensors on a CUDA device stay tensors; with keeps_tensors all do.
-  HyperValue read(PyObject* group, bool keeps_tensors = false) const {
+  HyperValue read(PyObject* group, Keeps keeps) const {
     PyObject* const value = PyDict_GetItemWithError(group, key_.ptr());
     if (value == nullptr) missing();
-    if (index_ < 0) return number(value, keeps_tensors);
+    if (index_ < 0) return number(value, keeps);
     const auto item = py::reinterpret_steal<py::object>(PySequence_GetItem(value, index_));
     if (!item) throw py::error_already_set();
-    return number(item.ptr(), keeps_tensors);  // the group's tuple still holds it
+    return number(item.ptr(), keeps);  // the group's tuple still holds it
   }
 
   const py::object& key() const { return key_; }
@@ -103,10 +105,11 @@ class HyperReader {
     throw py::error_already_set();
   }
 
-  static HyperValue number(PyObject* value, bool keeps_tensors) {
+  static HyperValue number(PyObject* value, Keeps keeps) {
     if (PyFloat_CheckExact(value)) return {PyFloat_AS_DOUBLE(value)};
     TensorView view;
-    if (is_tensor(value) && view_of(value, &view) && (keeps_tensors || view.cuda >= 0)) {
+    if (keeps != Keeps::nothing && is_tensor(value) && view_of(value, &view) &&
+        (keeps == Keeps::tensors || view.cuda >= 0)) {
       return {std::numeric_limits<double>::quiet_NaN(), value};
     }
     const auto converted = py::reinterpret_steal<py::object>(PyNumber_Float(value));

@@ -100,10 +100,14 @@ class Work {
   int variant(int group) const { return rule_.variant(hypers_.raw()[group].data()); }
   int64_t host_elements() const { return table_.total; }
 
-  // Kernels read the hyper-parameters of such a group, so that its tensors stay tensors.
-  void mark_live(size_t group) {
-    is_live_group_.resize(std::max(is_live_group_.size(), group + 1));
-    is_live_group_[group] = true;
+  // Says of a group what it holds, before start: rows of a GPU engine, for which the host does not
+  // wait for tensors on a device, and live rows, for which all tensors stay tensors.
+  void expect(size_t group, Backend backend, bool is_live) {
+    keeps_.resize(std::max(keeps_.size(), group + 1), Keeps::nothing);
+    const Keeps wanted = is_live                   ? Keeps::tensors
+                         : backend != Backend::cpu ? Keeps::device_tensors
+                                                   : Keeps::nothing;
+    keeps_[group] = std::max(keeps_[group], wanted);
   }
 
   // Forgets the rows of the last step and reads the groups anew. devices: None, or {CUDA index:
@@ -194,13 +198,13 @@ class Work {
   void read_groups(const py::list& param_groups) {
     const size_t n = param_groups.size();
     RawHypers& raw = *hypers_.start(n, factors_.clip);
-    is_live_group_.resize(n);
+    keeps_.resize(n, Keeps::nothing);
     needs_device_.assign(n, false);
     sources_.clear();
     for (size_t g = 0; g < n; ++g) {
       PyObject* const group = PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(g));
       for (size_t i = 0; i < readers_.size(); ++i) {
-        const HyperValue value = readers_[i].read(group, is_live_group_[g]);
+        const HyperValue value = readers_[i].read(group, keeps_[g]);
         raw[g].push_back(value.number);
         if (!value.tensor) continue;
         sources_.push_back({static_cast<int>(g), static_cast<int>(i), value.tensor});
@@ -238,7 +242,7 @@ class Work {
   Table table_;
   std::vector<Bucket> buckets_;
   StepFactors factors_;
-  std::vector<bool> is_live_group_;  // [group]
+  std::vector<Keeps> keeps_;         // [group]
   std::vector<char> needs_device_;   // [group]: only a live row can be stepped
   std::vector<LiveSource> sources_;  // of this step
 };
@@ -290,7 +294,7 @@ inline void run_rows(const std::string& rule_name,
     given[i].first = py::cast<bool>(rows[i][5]);
     given[i].backend = static_cast<Backend>(py::cast<int>(rows[i][6]));
     given[i].is_live = py::cast<bool>(rows[i][7]);
-    if (given[i].is_live) work.mark_live(given[i].group);
+    work.expect(given[i].group, given[i].backend, given[i].is_live);
   }
   work.start(param_groups, inv_scale, clip, devices);
   for (size_t i = 0; i < rows.size(); ++i) {

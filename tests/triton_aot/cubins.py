@@ -4,7 +4,6 @@ The calls are those of the engine. Only the driver is not real, and the last ste
 `warmup`, which compiles for the same arguments.
 """
 
-import os
 import re
 import subprocess
 import tempfile
@@ -101,14 +100,12 @@ def _run(tool: str, *args: str) -> str:
 # -- jobs, by name: they run in other processes ----------------------------------------------------
 
 
-def update_jobs(arch: int) -> list[UpdateJob]:
-    """Every update kernel for sm_90, and for every architecture with PYOPTIM_TRITON_AOT=all, which
-    takes twice the time; else, for the others, those of the sets of dtypes that differ most.
+def update_jobs() -> list[UpdateJob]:
+    """Every update kernel.
 
     The live factors add the same instructions to every rule: one of them stands for all.
     """
-    is_full = arch == 90 or os.environ.get("PYOPTIM_TRITON_AOT") == "all"
-    sets = list(engine.DTYPES) if is_full else ["f32", "bf16", "bf16_state32"]
+    sets = list(engine.DTYPES)
     jobs = [
         (rule, variant, dtypes, is_aligned, False)
         for rule, module in engine.RULES.items()
