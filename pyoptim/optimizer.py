@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd import profiler
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
@@ -43,7 +44,12 @@ class FusedOptimizer(Optimizer):
     _plan: Any = None
     _plan_epoch: int = -1
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # torch's compiler skips the constructors of torch.optim; it would trace ours, and fail.
+        if "__init__" in cls.__dict__:
+            cls.__init__ = _disable_dynamo(cls.__init__)  # type: ignore[method-assign]
+
     def _configure(
         self,
         state_dtype: torch.dtype | None,
@@ -173,7 +179,7 @@ class FusedOptimizer(Optimizer):
         """
         return fill_lists(self, group, *lists)
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @_disable_dynamo
     def _uncompiled_step(self, closure: Callable[[], Any] | None) -> Any:
         """Breaks the graph that is being compiled."""
         return self.step(closure)
@@ -274,7 +280,7 @@ class FusedOptimizer(Optimizer):
     def _dtype_of_state(self, param: Tensor) -> torch.dtype:
         return self.state_dtype if self.state_dtype and param.dtype in HALF_DTYPES else param.dtype
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as torch's optimizers do, for any of them to load."""
         # torch 2.13's compiler writes capturable=True into every group that compiled code looks at.
@@ -286,7 +292,7 @@ class FusedOptimizer(Optimizer):
         state: dict[str, Any] = super().state_dict()
         return state
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of this optimizer or of any torch implementation of it, or nothing.
 
