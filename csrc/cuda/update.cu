@@ -150,8 +150,8 @@ __device__ __forceinline__ Hyper read_hyper(const Table<kArrays>& table, int row
   return *reinterpret_cast<const Hyper*>(table.hypers + index);
 }
 
-// Blocks that ptxas is to make room for; 0 leaves it the choice, which takes fewer registers in most
-// kernels, but gave one over 5 arrays of 16-bit elements (RMSprop, sm_90) a stack frame.
+// Blocks that ptxas is to make room for; 0 leaves it the choice, which takes fewer registers in
+// most kernels, but gave one over 5 arrays of 16-bit elements (RMSprop, sm_90) a stack frame.
 template <class S, int kStates>
 constexpr int kMinBlocks = sizeof(S) == 2 && kStates == 3 ? 2 : 0;
 
