@@ -17,6 +17,7 @@ case "$loaded" in
     *) echo "the plain $loaded was imported in place of the instrumented one" >&2; exit 1 ;;
 esac
 echo "== running the tests with the address and undefined-behaviour sanitizers"
-# test_package builds extensions of its own: nothing there runs in the instrumented one. --capture=sys leaves the
+# test_package, test_cuda_build and test_triton start builds and processes of their own. --capture=sys leaves the
 # sanitizers' reports on stderr: a report ends the process, and what pytest has captured until then would be lost.
-exec "$PYTHON" -P -m pytest -q -p no:cacheprovider --capture=sys --ignore=tests/test_package.py "$@"
+exec "$PYTHON" -P -m pytest -q -p no:cacheprovider --capture=sys \
+    --ignore=tests/test_package.py --ignore=tests/test_cuda_build.py --ignore=tests/test_triton.py "$@"
