@@ -17,8 +17,9 @@ NUM_WARPS = 4
 # No fused multiply-add: the bits of every other engine.
 OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 
-# Tables that a graph captured from calls without a cache; it may be replayed as long as we live.
-_captured: list[tuple[Tensor, Tensor]] = []
+# What calls without a cache keep: spare memory, and tables that a graph has captured, which may be
+# replayed as long as we live.
+_without_cache: dict[Any, Any] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
@@ -60,15 +61,31 @@ def upload(
     else:
         # Pinned, because another copy would wait for the device; torch reuses the memory only when
         # the copy is done.
-        source = source.pin_memory()
+        source = _pinned(_without_cache if cache is None else cache, name, source, is_capturing)
         table = source.to(device, non_blocking=True)
     if is_capturing:
         # Every replay copies again.
-        kept_for_ever = _captured if cache is None else cache.setdefault("captured", [])
+        kept_for_ever = (_without_cache if cache is None else cache).setdefault("captured", [])
         kept_for_ever.append((source, table))
     elif cache is not None:
         cache[name] = (key, stream, table)
     return table
+
+
+def _pinned(cache: dict[Any, Any], name: str, source: Tensor, is_capturing: bool) -> Tensor:
+    """A copy of `source` in pinned memory.
+
+    CUDA may refuse to allocate it while a graph is captured: a step before the capture leaves as
+    much as it needed itself.
+    """
+    spare = cache.get((name, "spare"))
+    if is_capturing and spare is not None and spare.numel() >= source.nbytes:
+        del cache[name, "spare"]
+        pinned: Tensor = spare[: source.nbytes].view(source.dtype)
+        return pinned.copy_(source)
+    if not is_capturing and (spare is None or spare.numel() < source.nbytes):
+        cache[name, "spare"] = torch.empty(source.nbytes, dtype=torch.uint8, pin_memory=True)
+    return source.pin_memory()
 
 
 def _stream(device: torch.device) -> tuple[int, bool]:
