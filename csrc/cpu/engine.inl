@@ -95,8 +95,12 @@ void unscale_segment(void* grad, double inv_scale, int64_t begin, int64_t end) {
   G* const g = static_cast<G*>(grad);
   const T factor = static_cast<T>(inv_scale);
   constexpr int64_t kLanes = kVectorBytes / sizeof(T);
+  const int64_t ahead = kPrefetchBytes / static_cast<int64_t>(sizeof(G));
   int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) store_vector(g + i, load_vector(g + i) * factor);
+  for (; i + kLanes <= end; i += kLanes) {
+    __builtin_prefetch(g + i + ahead);
+    store_vector(g + i, load_vector(g + i) * factor);
+  }
   for (; i < end; ++i) store(g[i], load(g[i]) * factor);
 }
 
