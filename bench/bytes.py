@@ -23,10 +23,12 @@ class Cost:
         states: names of the states with one value per element, as torch spells them.
         operations: additions, multiplications, divisions and square roots per element at the
             options which the benchmark uses; anything that depends only on the step is free.
+        is_state_wide: pyoptim keeps no state below float32, whatever the parameter is.
     """
 
     states: tuple[str, ...]
     operations: int
+    is_state_wide: bool = False
 
 
 COSTS: dict[str, Cost] = {
@@ -40,6 +42,8 @@ COSTS: dict[str, Cost] = {
     "rmsprop-centered": Cost(("square_avg", "grad_avg"), 14),
     "rmsprop-centered-momentum": Cost(("square_avg", "momentum_buffer", "grad_avg"), 16),
     "adagrad": Cost(("sum",), 7),
+    "expectigrad": Cost(("sum", "counter", "momentum"), 12, is_state_wide=True),
+    "expectigrad-dense": Cost(("sum", "momentum"), 11, is_state_wide=True),
 }
 
 

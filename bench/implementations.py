@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .bytes import DtypeSet
+from .bytes import COSTS, DtypeSet
 
 Optimizer = torch.optim.Optimizer
 # Before a capture: the state exists, and so does what the libraries allocate once.
@@ -35,6 +35,8 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "rmsprop-centered": ("RMSprop", {"centered": True}),
     "rmsprop-centered-momentum": ("RMSprop", {"centered": True, "momentum": 0.9}),
     "adagrad": ("Adagrad", {}),
+    "expectigrad": ("Expectigrad", {}),
+    "expectigrad-dense": ("Expectigrad", {"sparse_counter": False}),
 }
 
 
@@ -91,6 +93,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
             device="cuda",
             has_state_dtype=True,
         ),
+        Implementation("authors-expectigrad", "expectigrad.pytorch"),
         Implementation("reference", "pyoptim", {"backend": "reference"}, has_state_dtype=True),
     )
 }
@@ -119,7 +122,11 @@ def why_not(
         # It would also ruin the parameters for everyone measured beside it.
         return f"torch's fused SGD computes wrong values in {dtypes} on the CPU (torch 2.13)"
     if dtypes.has_own_state_dtype and not implementation.has_state_dtype:
-        return f"torch.optim keeps states in the parameter's dtype, so not in {dtypes}"
+        return f"{implementation.package} keeps states in the parameter's dtype, so not in {dtypes}"
+    is_too_narrow = COSTS[optimizer].is_state_wide and dtypes.state.itemsize < 4
+    if is_too_narrow and implementation.has_state_dtype:
+        param = DtypeSet(dtypes.param, dtypes.param)
+        return f"pyoptim.{class_name} keeps states in float32; measure it in {param}+float32"
     if implementation.is_compiled:
         return _why_no_compile()
     return _why_no_backend(package, implementation.options.get("backend"))

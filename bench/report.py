@@ -13,7 +13,9 @@ from .runner import FRESH, HOT, LOOP
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 OURS = "pyoptim"
-BASELINES = ("torch-fused", "torch-foreach", "torch-for-loop", "torch-compiled")
+BASELINES = (
+    *("torch-fused", "torch-foreach", "torch-for-loop", "torch-compiled", "authors-expectigrad"),
+)  # fmt: skip
 # The float32 steps beside a step of mixed dtypes.
 FLOAT32_BASELINES = ("torch-fused-float32", "pyoptim-float32")
 LEGEND = (

@@ -5,20 +5,25 @@ from pyoptim.adagrad import Adagrad
 from pyoptim.adam import Adam, AdamW
 from pyoptim.amp import GradScaler
 from pyoptim.backend import BackendError, use_backend
+from pyoptim.expectigrad import Expectigrad
 from pyoptim.norms import clip_grad_norm_, row_sums, tensor_norms, total_norm
 from pyoptim.rmsprop import RMSprop
+from pyoptim.sam import SAM, frozen_batch_norm
 from pyoptim.sgd import SGD
 
 __all__ = [
+    "SAM",
     "SGD",
     "Adagrad",
     "Adam",
     "AdamW",
     "BackendError",
+    "Expectigrad",
     "GradScaler",
     "RMSprop",
     "__version__",
     "clip_grad_norm_",
+    "frozen_batch_norm",
     "row_sums",
     "tensor_norms",
     "total_norm",

@@ -39,7 +39,7 @@ def step_(
     """One update of every parameter, in place.
 
     Args:
-        rule: "sgd", "adam", "rmsprop" or "adagrad".
+        rule: one of `HYPER_NAMES`.
         params: floating-point tensors, no two of which share memory; those of one group follow each
             other.
         grads: of the dtype and shape of each parameter.

@@ -34,7 +34,7 @@ class Row:
     """An optimizer: its class, torch's, and named option sets."""
 
     ours: type[FusedOptimizer]
-    torchs: type[Optimizer]
+    torchs: type[Optimizer] | None  # None: torch has none
     has_fused: bool  # torch has a fused implementation on the CPU
     options: Mapping[str, Mapping[str, Any]]
     kernels: tuple[
@@ -63,6 +63,7 @@ class Case:
 
     def torchs(self, params: Iterable[Any], **more: Any) -> Optimizer:
         """torch's optimizer; its for-loop, unless `more` asks for another implementation."""
+        assert self.row.torchs is not None, "not among TORCH_CASES"
         more = {"foreach": False, **more} if "fused" not in more else more
         return self.row.torchs(params, **{**self.options, **more})
 
@@ -177,10 +178,26 @@ ADAGRAD = Row(
     },
     kernels=("weight_decay",),
 )
-ROWS = (SGD, ADAM, ADAMW, RMSPROP, ADAGRAD)
+EXPECTIGRAD = Row(
+    pyoptim.Expectigrad,
+    None,
+    has_fused=False,
+    options={
+        "plain": {"lr": 0.05},
+        "no_momentum": {"lr": 0.05, "beta": 0},
+        "dense_counter": {"lr": 0.05, "sparse_counter": False},
+        "dense_counter_no_momentum": {"lr": 0.05, "beta": 0, "sparse_counter": False},
+        "eps_maximize": {"lr": 0.05, "beta": 0.5, "eps": 1e-2, "maximize": True},
+    },
+    kernels=("plain", "no_momentum", "dense_counter", "dense_counter_no_momentum"),
+)
+ROWS = (SGD, ADAM, ADAMW, RMSPROP, ADAGRAD, EXPECTIGRAD)
 
 CASES = [Case(row, name) for row in ROWS for name in row.options]
 KERNEL_CASES = [Case(row, name) for row in ROWS for name in row.kernels]
+# Those that torch.optim is an oracle for.
+TORCH_CASES = [case for case in CASES if case.row.torchs is not None]
+TORCH_KERNEL_CASES = [case for case in KERNEL_CASES if case.row.torchs is not None]
 
 
 def parametrize_cases(cases: Sequence[Case] = CASES) -> pytest.MarkDecorator:

@@ -38,7 +38,12 @@ BYTES = {
     "rmsprop-centered": (28, 22, 14, 56),
     "rmsprop-centered-momentum": (36, 30, 18, 72),
     "adagrad": (20, 14, 10, 40),
+    "expectigrad": (36, 30, 18, 72),
+    "expectigrad-dense": (28, 22, 14, 56),
 }
+OF_TORCH = [
+    name for name, (cls, _) in implementations.OPTIMIZERS.items() if hasattr(torch.optim, cls)
+]
 
 
 @pytest.mark.parametrize("optimizer", traffic.COSTS)
@@ -49,13 +54,22 @@ def test_bytes_per_element_are_those_counted_by_hand(optimizer):
     )
 
 
-@pytest.mark.parametrize("optimizer", traffic.COSTS)
-def test_counted_states_are_those_torch_keeps(optimizer):
+def states_kept(implementation, optimizer):
     params = workloads.make_params(workloads.parse("1x16"), FLOAT32)
-    made = implementations.make_optimizer(FOR_LOOP, optimizer, FLOAT32, params)
+    made = implementations.make_optimizer(implementation, optimizer, FLOAT32, params)
     made.step()
-    found = {name for name, value in made.state[params[0]].items() if value.numel() == 16}
-    assert found == set(traffic.COSTS[optimizer].states)
+    return {name for name, value in made.state[params[0]].items() if value.numel() == 16}
+
+
+@pytest.mark.parametrize("optimizer", OF_TORCH)
+def test_counted_states_are_those_torch_keeps(optimizer):
+    assert states_kept(FOR_LOOP, optimizer) == set(traffic.COSTS[optimizer].states)
+
+
+@pytest.mark.parametrize("optimizer", traffic.COSTS)
+def test_counted_states_are_those_pyoptim_keeps(optimizer):
+    reference = implementations.IMPLEMENTATIONS["reference"]
+    assert states_kept(reference, optimizer) == set(traffic.COSTS[optimizer].states)
 
 
 @pytest.mark.parametrize("text", ["int32", "nonsense", "float32+float32+float32", "save", ""])
@@ -178,6 +192,11 @@ def test_what_cannot_be_measured_has_a_reason():
     assert "no fused" in implementations.why_not(fused, "rmsprop", FLOAT32)
     assert "parameter's dtype" in implementations.why_not(fused, "adamw", mixed)
     assert implementations.why_not(fused, "adamw", FLOAT32) is None
+    reference = implementations.IMPLEMENTATIONS["reference"]
+    narrow = implementations.why_not(reference, "expectigrad", DtypeSet.parse("bfloat16"))
+    assert "measure it in bfloat16+float32" in narrow
+    assert implementations.why_not(reference, "expectigrad", mixed) is None
+    assert "no Expectigrad" in implementations.why_not(FOR_LOOP, "expectigrad", FLOAT32)
 
 
 def test_case_that_does_not_fit_in_memory_is_skipped_with_the_reason(monkeypatch):

@@ -19,6 +19,7 @@ from cases import (
     HALVES,
     KERNEL_CASES,
     KERNEL_DTYPES,
+    TORCH_KERNEL_CASES,
     Case,
     as_wide,
     assert_same_bits,
@@ -210,7 +211,7 @@ def test_one_large_tensor_is_its_pieces() -> None:
 # -- values ----------------------------------------------------------------------------------------
 
 
-@parametrize_cases(KERNEL_CASES)
+@parametrize_cases(TORCH_KERNEL_CASES)
 @parametrize_kernel_dtypes
 @parametrize_isas
 def test_nan_and_infinity_are_kept_as_torch_keeps_them(
@@ -449,8 +450,7 @@ def test_every_kernel_computes_in_full_vector_registers() -> None:
     if not isas:
         pytest.skip("pyoptim._C is stripped of its symbols")
     n_kernels = len(KERNEL_DTYPES) * sum(
-        len(NATIVE.rule_info(rule)["state_names"])
-        for rule in {c.row.ours.rule for c in KERNEL_CASES}
+        len(NATIVE.rule_info(rule)["state_names"]) for rule in NATIVE.rules()
     )
     assert {isa: list(isas.values()).count(isa) for isa in NATIVE.built_isas()} == dict.fromkeys(
         NATIVE.built_isas(), n_kernels

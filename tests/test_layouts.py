@@ -15,6 +15,8 @@ from cases import (
     CASES,
     KERNEL_CASES,
     KERNEL_DTYPES,
+    TORCH_CASES,
+    TORCH_KERNEL_CASES,
     Case,
     as_wide,
     assert_same_bits,
@@ -234,7 +236,7 @@ def test_lazy_negation_and_conjugation_are_resolved(access: str, case: Case, bit
     assert_same_bits(*results)
 
 
-@parametrize_cases(KERNEL_CASES)
+@parametrize_cases(TORCH_KERNEL_CASES)
 def test_a_channels_last_network_trains_as_with_torch(case: Case) -> None:
     x, results = torch.randn(4, 3, 9, 9, dtype=torch.float64), []
     for make in (case.ours, case.torchs):
@@ -312,7 +314,7 @@ def test_a_gradient_over_its_parameters_memory_is_read_first(
     assert_same_bits(*results)
 
 
-@parametrize_cases()
+@parametrize_cases(TORCH_CASES)
 @pytest.mark.parametrize("shift", [0, 3, 40])
 def test_parameters_over_one_memory_are_updated_in_order(case: Case, shift: int) -> None:
     """As in torch's for-loop: the second parameter sees the first one's result."""
@@ -330,7 +332,7 @@ def test_parameters_over_one_memory_are_updated_in_order(case: Case, shift: int)
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-13)
 
 
-@parametrize_cases(KERNEL_CASES)
+@parametrize_cases(TORCH_KERNEL_CASES)
 def test_a_gradient_over_another_parameters_memory_is_read_in_order(case: Case) -> None:
     """One task of the engine each, on two threads: neither may read what the other writes."""
     n = 64 * 1024

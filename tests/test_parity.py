@@ -7,13 +7,13 @@ for-loop, foreach and fused implementations in the same dtype.
 import pytest
 import torch
 from cases import (
-    CASES,
     COMPLEX,
     DTYPE_IDS,
     FLOATS,
     HALVES,
     ROWS,
     SGD,
+    TORCH_CASES,
     UNIT,
     Case,
     Row,
@@ -49,7 +49,7 @@ def wide_copy(case: Case, optimizer: FusedOptimizer) -> Optimizer:
     return copy
 
 
-@parametrize_cases()
+@parametrize_cases(TORCH_CASES)
 @parametrize_dtypes((*FLOATS, *COMPLEX))
 def test_each_step_is_torchs_step_in_float64(case: Case, dtype: torch.dtype) -> None:
     params = parameters(SHAPES, dtype)
@@ -82,7 +82,7 @@ def implementations(row: Row, dtype: torch.dtype) -> list[str]:
 
 RUNS = [
     pytest.param(case, dtype, name, id=f"{case}-{DTYPE_IDS[dtype]}-{name}")
-    for case in CASES
+    for case in TORCH_CASES
     for dtype in (*FLOATS, *COMPLEX)
     for name in implementations(case.row, dtype)
 ]

@@ -10,6 +10,7 @@ from cases import (
     FLOATS,
     HALVES,
     KERNEL_CASES,
+    TORCH_CASES,
     Case,
     allowed_error,
     as_wide,
@@ -98,7 +99,7 @@ def test_the_kernels_give_the_references_bits_from_any_state(
     assert_same_bits(*results)
 
 
-SIGNED_STATES = ("exp_avg", "grad_avg", "momentum_buffer")
+SIGNED_STATES = ("exp_avg", "grad_avg", "momentum_buffer", "momentum")
 
 
 @pytest.mark.native
@@ -124,7 +125,7 @@ def test_the_kernels_square_root_is_correctly_rounded(dtype: torch.dtype) -> Non
 # -- the reference in float64 ----------------------------------------------------------------------
 
 
-@parametrize_cases()
+@parametrize_cases(TORCH_CASES)
 def test_the_reference_is_torchs_step_in_float64(case: Case) -> None:
     params = parameters(SHAPES, torch.float64)
     torchs = case.torchs(params)
@@ -239,6 +240,13 @@ HYPERS: dict[type[FusedOptimizer], dict[str, st.SearchStrategy[Any]]] = {
         "eps": small | large,
         "weight_decay": small | large,
         "initial_accumulator_value": small | large,
+        "maximize": flags,
+    },
+    pyoptim.Expectigrad: {
+        "lr": (small | large).filter(bool),
+        "beta": rates,
+        "eps": (small | large).filter(bool),
+        "sparse_counter": flags,
         "maximize": flags,
     },
 }

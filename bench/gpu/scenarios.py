@@ -43,6 +43,12 @@ OPTIONS: dict[str, tuple[Options, ...]] = {
         {"lr_decay": 0.1, "weight_decay": 0.2, "maximize": True},
         {"initial_accumulator_value": 0.5, "eps": 1e-3},
     ),
+    "Expectigrad": (
+        {"maximize": True},
+        {"beta": 0},
+        {"sparse_counter": False},
+        {"beta": 0, "sparse_counter": False, "eps": 1e-3},
+    ),
 }
 DTYPES = (
     *("float32", "bfloat16", "float16", "bfloat16+float32", "float16+float32", "float64"),

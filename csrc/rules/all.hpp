@@ -3,6 +3,8 @@
 
 #include "rules/adagrad.hpp"
 #include "rules/adam.hpp"
+#include "rules/ascent.hpp"
+#include "rules/expectigrad.hpp"
 #include "rules/rmsprop.hpp"
 #include "rules/sgd.hpp"
 
@@ -10,7 +12,9 @@
   X(Sgd)                         \
   X(Adam)                        \
   X(RmsProp)                     \
-  X(Adagrad)
+  X(Adagrad)                     \
+  X(Expectigrad)                 \
+  X(Ascent)
 
 namespace pyoptim {
 

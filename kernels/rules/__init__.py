@@ -10,6 +10,13 @@ A rule is a module with
 and repeats the operations of the C++ header in their order: the results must agree in every bit.
 """
 
-from pyoptim.kernels.rules import adagrad, adam, rmsprop, sgd
+from pyoptim.kernels.rules import adagrad, adam, ascent, expectigrad, rmsprop, sgd
 
-RULES = {"sgd": sgd, "adam": adam, "rmsprop": rmsprop, "adagrad": adagrad}
+RULES = {
+    "sgd": sgd,
+    "adam": adam,
+    "rmsprop": rmsprop,
+    "adagrad": adagrad,
+    "expectigrad": expectigrad,
+    "ascent": ascent,
+}

@@ -155,6 +155,10 @@ def problem(
         for g in range(n_groups)
     ]
     optimizer = case.ours(groups, state_dtype=state_dtype, backend="cpu")
+    # Of this dtype even where the class would make it wider; SGD asks whether it made the buffer.
+    for p, row in zip(params, rows, strict=True) if optimizer.counts_steps else ():
+        held = zip(case.state_names, row.states, strict=True)
+        optimizer.state[p].update((name, state.clone()) for name, state in held)
     counters = tuple(torch.zeros(()) for _ in sizes)
     return Problem(case, dtype, state_dtype, optimizer, tuple(rows), counters)
 

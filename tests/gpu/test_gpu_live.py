@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 import pyoptim
 
-NAMES = ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad"]
+NAMES = ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Expectigrad"]
 
 
 def scalar(value: float, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -161,7 +161,7 @@ def test_a_hyper_parameter_of_two_numbers_is_refused(engine: str, device: torch.
     assert torch.equal(params[0], before)
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop"])
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "Expectigrad"])
 def test_a_capturable_state_dict_loads_on_both_sides(
     name: str, engine: str, device: torch.device
 ) -> None:

@@ -62,6 +62,15 @@ def prepared(
     if rule == "rmsprop":
         lr, alpha, eps, weight_decay, momentum, _, maximize = raw
         return [-1.0 if maximize else 1.0, weight_decay, alpha, 1.0 - alpha, momentum, eps, lr]
+    if rule == "expectigrad":
+        lr, beta, eps, _, maximize = raw
+        step_size = lr / (1.0 - math.pow(beta, step))
+        return [
+            *(-1.0 if maximize else 1.0, beta, 1.0 - beta, eps, 1.0 / math.sqrt(step), step_size)
+        ]
+    if rule == "ascent":
+        scale, _, eta, maximize = raw
+        return [-1.0 if maximize else 1.0, scale, eta]
     lr, lr_decay, weight_decay, eps, maximize = raw
     return [-1.0 if maximize else 1.0, weight_decay, eps, lr / (1.0 + (step - 1.0) * lr_decay)]
 

@@ -21,6 +21,8 @@ RAW = {
     ],
     "rmsprop": [[0.01, 0.99, 1e-8, 0.1, 0.9, 1.0, 0.0], [0.02, 0.9, 1e-3, 0.0, 0.0, 0.0, 1.0]],
     "adagrad": [[0.1, 0.2, 0.01, 1e-10, 0.0], [0.3, 0.0, 0.0, 1e-3, 1.0]],
+    "expectigrad": [[1e-3, 0.9, 1e-8, 1.0, 0.0], [0.1, 0.0, 1e-3, 0.0, 1.0]],
+    "ascent": [[0.25, 0.0, 0.0, 0.0], [2.0, 1.0, 0.01, 1.0]],
 }
 parametrize_rules = pytest.mark.parametrize("rule", RAW)
 parametrize_doubles = pytest.mark.parametrize("is_double", [False, True], ids=["fp32", "fp64"])
@@ -74,10 +76,10 @@ def fields_of(hypers: Tensor, row: int, rule: str, is_double: bool) -> Tensor:
 @parametrize_rules
 @parametrize_doubles
 def test_prepared_values_are_those_of_the_host(rule: str, is_double: bool) -> None:
-    """In float64 the two corrections of Adam may lie apart: the last bit of beta^t, widened by the
-    subtraction from 1, which is at least 1 - beta = 0.001 here."""
+    """In float64 the corrections of Adam and Expectigrad may lie apart: the last bit of beta^t,
+    widened by the subtraction from 1, which is at least 1 - beta = 0.001 here."""
     steps = [1.0, 2.0, 5.0, 1000.0]
-    counts = rule != "sgd"
+    counts = rule not in ("sgd", "ascent")
     counters = [torch.tensor(s - 1) if counts else None for s in steps]
     groups = [0, 1, 0, 1]
     hypers = prepare(rule, counters, groups, is_double)
@@ -87,7 +89,7 @@ def test_prepared_values_are_those_of_the_host(rule: str, is_double: bool) -> No
             prepared(rule, RAW[rule][group], step if counts else 1.0), dtype=fields.dtype
         )
         if is_double:
-            tolerance = 8 * 2.0**-53 / 0.001 if rule == "adam" else 0.0
+            tolerance = 8 * 2.0**-53 / 0.001 if rule in ("adam", "expectigrad") else 0.0
             torch.testing.assert_close(fields, expected, rtol=tolerance, atol=0.0)
         else:
             assert torch.equal(fields, expected)
