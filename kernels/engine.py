@@ -307,8 +307,7 @@ def update(
             captured from calls with it may be replayed.
     """
     of_rule, types = RULES[rule], DTYPES[dtypes]
-    n_states = of_rule.N_STATES[variant]
-    table = np.frombuffer(addresses, np.int64).reshape(2 + n_states, -1)
+    table = np.frombuffer(addresses, np.int64).reshape(2 + of_rule.N_STATES[variant], -1)
     with launcher.on(device):
         if live_hypers is None:
             source = np.frombuffer(hypers, np.uint8)
@@ -329,20 +328,27 @@ def update(
                 bits_of(clip),
                 clip_at,
                 found_inf,
-                UPDATE=of_rule.update,
-                V=variant,
-                N_STATES=n_states,
-                N_FIELDS=of_rule.N_FIELDS,
-                HYPER_STRIDE=HYPER_BYTES // types.compute_torch.itemsize,
-                PARAM=types.param,
-                STATE=types.state,
-                COMPUTE=types.compute,
-                VECTOR=part.vector,
                 UNSCALES=grad_scale is not None or inv_scale != 1.0,
                 CLIPS=clip_at is not None or clip != 1.0,
-                BLOCK=BLOCK // (2 if types.compute == tl.float64 else 1),
-                CHUNK=CHUNK,
+                **_constants(of_rule, variant, types, part.vector),
             )
+
+
+def _constants(of_rule: Any, variant: int, types: DTypes, vector: int) -> dict[str, Any]:
+    """What a compiled update kernel is made for, but for the factors."""
+    return {
+        "UPDATE": of_rule.update,
+        "V": variant,
+        "N_STATES": of_rule.N_STATES[variant],
+        "N_FIELDS": of_rule.N_FIELDS,
+        "HYPER_STRIDE": HYPER_BYTES // types.compute_torch.itemsize,
+        "PARAM": types.param,
+        "STATE": types.state,
+        "COMPUTE": types.compute,
+        "VECTOR": vector,
+        "BLOCK": BLOCK // (2 if types.compute == tl.float64 else 1),
+        "CHUNK": CHUNK,
+    }
 
 
 def _tables(
