@@ -138,7 +138,10 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            return loss if self._graph_step() else self._uncompiled_step(None)
+            is_done = self._graph_step()
+        if not is_done:
+            self._uncompiled_step(None)
+        return loss
 
     def _is_graphable(self) -> bool:
         return (
@@ -147,6 +150,8 @@ class FusedOptimizer(Optimizer):
             and self.max_grad_norm is None
             and (self.backend or backend.chosen()) != "reference"
             and not (self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks)
+            and not torch_optimizer._global_optimizer_pre_hooks
+            and not torch_optimizer._global_optimizer_post_hooks
         )
 
     def _graph_step(self) -> bool:

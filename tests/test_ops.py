@@ -16,6 +16,7 @@ from cases import (
 )
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import pyoptim
 from pyoptim import ops
@@ -195,6 +196,30 @@ def test_what_no_graph_holds_breaks_it_and_is_right(options: dict[str, Any]) -> 
             step() if is_compiled else optimizer.step()
         results.append(params)
     assert_same_bits(*results)
+
+
+def test_a_step_that_breaks_the_graph_still_returns_the_loss() -> None:
+    """No graph holds parameters over common memory."""
+    room = torch.arange(9.0)
+    params = [Parameter(room[:6]), Parameter(room[3:])]
+    optimizer = pyoptim.SGD(params, lr=0.1)
+    give_grads(params, 0)
+    step = torch.compile(lambda: optimizer.step(lambda: torch.ones(()) * 3), backend="eager")
+    before = room.clone()
+    assert step() == 3.0
+    assert not torch.equal(room, before)
+
+
+def test_a_global_hook_runs_in_compiled_code() -> None:
+    params = parameters(SHAPES, torch.float32)
+    optimizer, calls = pyoptim.SGD(params), []
+    handle = register_optimizer_step_post_hook(lambda *_: calls.append(len(calls)))
+    try:
+        give_grads(params, 0)
+        torch.compile(lambda: optimizer.step(), backend="eager")()
+    finally:
+        handle.remove()
+    assert calls == [0]
 
 
 def test_a_checkpoint_after_compiling_is_clean() -> None:
