@@ -4,6 +4,7 @@ The calls are those of the engine. Only the driver is not real, and the last ste
 `warmup`, which compiles for the same arguments.
 """
 
+import os
 import re
 import subprocess
 import tempfile
@@ -100,12 +101,15 @@ def _run(tool: str, *args: str) -> str:
 # -- jobs, by name: they run in other processes ----------------------------------------------------
 
 
-def update_jobs() -> list[UpdateJob]:
-    """Every update kernel.
+def update_jobs(arch: int) -> list[UpdateJob]:
+    """Every update kernel for sm_90, and for the other architectures those of two sets of dtypes,
+    or with PYOPTIM_TRITON_AOT=all every one.
 
-    The live factors add the same instructions to every rule: one of them stands for all.
+    The rest would take two thirds of the time and has never differed in more than registers. The
+    live factors add the same instructions to every rule: one of them stands for all.
     """
-    sets = list(engine.DTYPES)
+    is_sample = arch != 90 and os.environ.get("PYOPTIM_TRITON_AOT") != "all"
+    sets = ["f32", "bf16_state32"] if is_sample else list(engine.DTYPES)
     jobs = [
         (rule, variant, dtypes, is_aligned, False)
         for rule, module in engine.RULES.items()
