@@ -1,5 +1,6 @@
 """pyoptim: accelerated, drop-in optimizers for PyTorch."""
 
+from pyoptim import lr_scheduler
 from pyoptim._version import __version__
 from pyoptim.adagrad import Adagrad
 from pyoptim.adam import Adam, AdamW
@@ -24,6 +25,7 @@ __all__ = [
     "__version__",
     "clip_grad_norm_",
     "frozen_batch_norm",
+    "lr_scheduler",
     "row_sums",
     "tensor_norms",
     "total_norm",

@@ -1,0 +1,27 @@
+"""Learning-rate control: schedules as functions of the step."""
+
+from pyoptim.lr_scheduler.named import get_scheduler
+from pyoptim.lr_scheduler.schedules import (
+    constant,
+    cosine,
+    cosine_with_restarts,
+    cyclic_cosine,
+    exponential,
+    inverse_sqrt,
+    linear,
+    polynomial,
+    warmup_stable_decay,
+)
+
+__all__ = [
+    "constant",
+    "cosine",
+    "cosine_with_restarts",
+    "cyclic_cosine",
+    "exponential",
+    "get_scheduler",
+    "inverse_sqrt",
+    "linear",
+    "polynomial",
+    "warmup_stable_decay",
+]
