@@ -21,7 +21,8 @@ from pyoptim.kernels import engine, launcher, reduce
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CPU = torch.device("cpu")
 ARCHS = (80, 90, 100, 120)
-UpdateJob = tuple[str, int, str, bool, bool]  # rule, variant, dtypes, is aligned, with live factors
+# Rule, variant, dtypes, is aligned, with live factors and parameters that are read from copies.
+UpdateJob = tuple[str, int, str, bool, bool]
 
 
 class PretendedDriver:
@@ -103,7 +104,7 @@ def _run(tool: str, *args: str) -> str:
 def update_jobs() -> list[UpdateJob]:
     """Every update kernel.
 
-    The live factors add the same instructions to every rule: one of them stands for all.
+    The live factors and copies add the same instructions to every rule: one stands for all.
     """
     sets = list(engine.DTYPES)
     jobs = [
@@ -124,7 +125,7 @@ def job_name(job: UpdateJob) -> str:
 
 def compile_update(job: UpdateJob, arch: int) -> list[Code]:
     rule, variant, dtypes, is_aligned, is_live = job
-    n_arrays = 2 + engine.RULES[rule].N_STATES[variant]
+    n_arrays = 2 + engine.RULES[rule].N_STATES[variant] + is_live
     size = engine.DTYPES[dtypes].bytes_of(0)
     addresses = torch.full((n_arrays,), 4096 if is_aligned else 4096 + size).numpy().tobytes()
     float32, float64 = torch.ones(1), torch.ones(1, dtype=torch.float64)
@@ -134,7 +135,7 @@ def compile_update(job: UpdateJob, arch: int) -> list[Code]:
             *(rule, variant, dtypes, CPU, addresses, torch.tensor([100]).numpy().tobytes()),
             *(bytes(4), bytes(96), torch.zeros(96, dtype=torch.uint8) if is_live else None),
             *(1.0, float32 if is_live else None, 1.0, float64 if is_live else None),
-            *(float32 if is_live else None, {}),
+            *(float32 if is_live else None, {}, is_live),
         )
 
     return compile_calls(job_name(job), arch, call)
