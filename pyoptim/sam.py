@@ -16,11 +16,11 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from pyoptim import backend, norms
+from pyoptim import backend, reductions
 from pyoptim.arithmetic import signed
 from pyoptim.norms import _eager as eager
 from pyoptim.optimizer import FusedOptimizer
-from pyoptim.rows import HALF_DTYPES, Row
+from pyoptim.rows import Row
 
 Group = dict[str, Any]
 OWN_OPTIONS = ("rho", "adaptive", "eta")
@@ -75,8 +75,9 @@ class SAM(Optimizer):
             gradient (the first one's length has no effect); `backend` runs both steps.
 
     State: that of the base optimizer only. The saved weights, of the size of the parameters, stay
-    allocated between steps but are never in a checkpoint. ASAM's norm needs another copy, in
-    float32 or wider, for a moment.
+    allocated between steps but are never in a checkpoint. No other copy is made: the norm is one
+    pass over gradients (ASAM's over weights too), the ascent a second, and a base optimizer of
+    pyoptim reads the saved weights itself.
     Raises: ValueError for an option out of range; TypeError for a base_optimizer that is no class.
     Source: Foret et al., arXiv:2010.01412, Algorithm 1; ASAM: Kwon et al., arXiv:2102.11600.
     Differs: from davda54's in that weights are restored in place, also those without a second
@@ -179,7 +180,7 @@ class SAM(Optimizer):
             _check_options(group)
         choice = self._backend or backend.chosen()
         params = list(self._params())
-        norm = norms.total_norm(_weighted_grads(self.param_groups), backend=choice)
+        norm = _norm(self.param_groups, choice)
         self._saved = params, self._ascent.climb(self.param_groups, params, norm, choice)
         self._norm = norm
         if zero_grad:
@@ -625,24 +626,21 @@ def _copy_back(pairs: list[tuple[Tensor, Tensor]]) -> None:
         torch._foreach_copy_(params, weights)
 
 
-def _weighted_grads(groups: Sequence[Group]) -> list[Tensor]:
-    """The gradients, times T in an array of their own where a group is adaptive."""
-    return [
-        _weighted(p, p.grad, group["eta"]) if group["adaptive"] else _values(p.grad)
+def _norm(groups: Sequence[Group], choice: str) -> Tensor:
+    """That of T*grad over all groups, 0-dim float64 on the device of the first gradient."""
+    pairs = [
+        (p.grad, (p, float(group["eta"])) if group["adaptive"] else None)
         for group in groups
         for p in group["params"]
         if p.grad is not None
     ]
-
-
-def _weighted(param: Tensor, grad: Tensor, eta: float) -> Tensor:
-    if grad.layout != torch.strided:
-        grad = grad.to_dense()
-    if param.is_complex():
-        param, grad = (torch.view_as_real(t.resolve_conj()) for t in (param, grad))
-    if param.dtype in HALF_DTYPES:
-        param, grad = param.float(), grad.float()
-    return param.abs().add_(eta).mul_(grad)
+    if not pairs:
+        return torch.zeros((), dtype=torch.float64)
+    weights = [weight for _, weight in pairs]
+    grads = [grad if weight else _values(grad) for grad, weight in pairs]
+    has_weights = any(group["adaptive"] for group in groups)
+    parts = reductions.batches(grads, 2.0, choice, weights if has_weights else None)
+    return reductions.total(parts, 2.0)
 
 
 def _values(grad: Tensor) -> Tensor:

@@ -400,8 +400,8 @@ def test_a_scaled_step_starts_from_restored_weights(is_skipped: bool) -> None:
 
 
 def test_a_parameter_listed_twice_is_stepped_twice() -> None:
+    params, wanted = (parameters([(4,), (6,)], torch.float32) for _ in range(2))
     with pytest.warns(UserWarning, match="duplicate"):
-        params, wanted = (parameters([(4,), (6,)], torch.float32) for _ in range(2))
         actual, expected = (sam([p[0], p[1], p[0]]) for p in (params, wanted))
     for seed in range(2):
         perturbed(params, actual, seed)

@@ -76,6 +76,8 @@ struct Span {
   void* data;
   int64_t numel;
   DType dtype;
+  const void* weight = nullptr;  // [numel]: squares are those of reduce::weigh, unless null
+  double eta = 0.0;              // added to the size of a weight
 };
 
 // Stage 1: one partial result per chunk of reduce::kChunk elements, chunks in order of the spans.

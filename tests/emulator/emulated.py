@@ -206,7 +206,13 @@ class Prepare(Structure):
 
 
 class Span(Structure):
-    _fields_ = (("data", c_void_p), ("numel", c_int64), ("dtype", c_int32))
+    _fields_ = (
+        ("data", c_void_p),
+        ("numel", c_int64),
+        ("dtype", c_int32),
+        ("weight", c_void_p),
+        ("eta", c_double),
+    )
 
 
 class Partials(Structure):

@@ -153,7 +153,7 @@ def compile_prepare(rule: str, arch: int) -> list[Code]:
 
 
 def compile_arrays(dtype: str, is_aligned: bool, arch: int) -> list[Code]:
-    """The kernels that read arrays given by addresses: partials of three kinds, and scale."""
+    """The kernels that read arrays given by addresses: partials of four kinds, and scale."""
     address = torch.tensor([4096 if is_aligned else 4098]).numpy().tobytes()
     numel, first = (torch.tensor([n]).numpy().tobytes() for n in (100, 0))
     out = torch.zeros(1, dtype=torch.float64)
@@ -161,6 +161,7 @@ def compile_arrays(dtype: str, is_aligned: bool, arch: int) -> list[Code]:
     def call() -> None:
         for kind in (0, 1, 2):
             reduce.partials(kind, CPU, address, numel, dtype, first, out)
+        reduce.partials(0, CPU, address, numel, dtype, first, out, address, first)
         reduce.scale(CPU, address, numel, dtype, 0.5, None)
 
     return compile_calls(f"{dtype} {'aligned' if is_aligned else 'unaligned'}", arch, call)
