@@ -156,8 +156,18 @@ PYBIND11_MODULE(_C, m) {
                     const py::object&>())
       .def("step",
            &Plan::step,
+           py::arg("param_groups"),
+           py::arg("state"),
+           py::arg("sources") = py::none(),
            "True when the step was made, False when the general path has to make it")
-      .def("scaled_step", &Plan::scaled_step)
+      .def("scaled_step",
+           &Plan::scaled_step,
+           py::arg("param_groups"),
+           py::arg("state"),
+           py::arg("inv_scale"),
+           py::arg("clip"),
+           py::arg("devices"),
+           py::arg("sources") = py::none())
       .def_property_readonly("is_on_gpu", &Plan::is_on_gpu)
       .def_property_readonly("devices", &Plan::devices);
 

@@ -87,8 +87,10 @@ def _update_block(
     STATE: tl.constexpr,
     UNSCALES: tl.constexpr,
     CLIPS: tl.constexpr,
+    HAS_SOURCES: tl.constexpr,
 ):
-    p = widen(tl.load(pointers[0] + offsets, mask=mask))
+    SOURCE: tl.constexpr = 2 + N_STATES if HAS_SOURCES else 0
+    p = widen(tl.load(pointers[SOURCE] + offsets, mask=mask))
     g = widen(tl.load(pointers[1] + offsets, mask=mask))
     states = ()
     for i in tl.static_range(N_STATES):
@@ -112,7 +114,7 @@ def _update_block(
     ],
 )
 def update_kernel(
-    addresses,  # int64 [2 + N_STATES][n_rows]
+    addresses,  # int64 [2 + N_STATES + HAS_SOURCES][n_rows]
     layout,  # int64: numel [n_rows], hyper [n_rows], row [n_chunks], number in row [n_chunks]
     n_rows,
     n_chunks,
@@ -133,6 +135,7 @@ def update_kernel(
     VECTOR: tl.constexpr,
     UNSCALES: tl.constexpr,
     CLIPS: tl.constexpr,
+    HAS_SOURCES: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -163,6 +166,9 @@ def update_kernel(
             pointers += (_pointer(address, PARAM, start, VECTOR),)
         else:
             pointers += (_pointer(address, STATE, start, VECTOR),)
+    if HAS_SOURCES:
+        address = tl.load(addresses + (2 + N_STATES) * n_rows + row)
+        pointers += (_pointer(address, PARAM, start, VECTOR),)
     lanes = tl.arange(0, BLOCK)
     full = left // BLOCK * BLOCK
     for begin in range(0, full, BLOCK):
@@ -181,6 +187,7 @@ def update_kernel(
             STATE,
             UNSCALES,
             CLIPS,
+            HAS_SOURCES,
         )
     if full < left:
         offsets = full + lanes
@@ -198,6 +205,7 @@ def update_kernel(
             STATE,
             UNSCALES,
             CLIPS,
+            HAS_SOURCES,
         )
 
 
@@ -292,12 +300,14 @@ def update(
     clip_at: Tensor | None,
     found_inf: Tensor | None,
     cache: dict[Any, Any],
+    has_sources: bool = False,
 ) -> None:
     """Updates rows that share a rule, a variant and a set of dtypes, on torch's current stream.
 
     Args:
         dtypes: a key of DTYPES.
-        addresses: int64 [2 + n_states][n]: param, grad, states.
+        addresses: int64 [2 + n_states + has_sources][n]: param, grad, states, and where the
+            parameter is read from instead of from where it is written.
         numels: int64 [n].
         hyper_index: int32 [n], which block of `hypers`; not read with `live_hypers`.
         hypers: [m] blocks of 96 bytes, the rule's C++ Hyper struct.
@@ -307,7 +317,8 @@ def update(
             captured from calls with it may be replayed.
     """
     of_rule, types = RULES[rule], DTYPES[dtypes]
-    table = np.frombuffer(addresses, np.int64).reshape(2 + of_rule.N_STATES[variant], -1)
+    n_arrays = 2 + of_rule.N_STATES[variant] + has_sources
+    table = np.frombuffer(addresses, np.int64).reshape(n_arrays, -1)
     with launcher.on(device):
         if live_hypers is None:
             source = np.frombuffer(hypers, np.uint8)
@@ -315,7 +326,9 @@ def update(
         else:
             hyper_index = b""
             blocks = live_hypers
-        for part in _parts(cache, types, table, numels, hyper_index):
+        sizes = [types.bytes_of(i) for i in range(n_arrays - has_sources)]
+        sizes += [types.bytes_of(0)] * has_sources
+        for part in _parts(cache, types, table, sizes, numels, hyper_index):
             launcher.launch(
                 update_kernel,
                 (part.n_chunks,),
@@ -330,6 +343,7 @@ def update(
                 found_inf,
                 UNSCALES=grad_scale is not None or inv_scale != 1.0,
                 CLIPS=clip_at is not None or clip != 1.0,
+                HAS_SOURCES=has_sources,
                 **_constants(of_rule, variant, types, part.vector),
             )
 
@@ -365,11 +379,15 @@ def _tables(
 
 
 def _parts(
-    cache: dict[Any, Any], types: DTypes, table: Array, numels: bytes, hyper_index: bytes
+    cache: dict[Any, Any],
+    types: DTypes,
+    table: Array,
+    sizes: list[int],
+    numels: bytes,
+    hyper_index: bytes,
 ) -> list[_Part]:
     """Rows that are aligned for whole vectors, and the others: a kernel for both would be slow."""
-    size = np.array([types.bytes_of(i) for i in range(len(table))])[:, None]
-    is_aligned = (table % (types.vector * size) == 0).all(axis=0)
+    is_aligned = (table % (types.vector * np.array(sizes)[:, None]) == 0).all(axis=0)
     key = (types, numels, hyper_index, is_aligned.tobytes(), BLOCK, CHUNK)
     if cache.get("parts", (None,))[0] != key:
         numel = np.frombuffer(numels, np.int64)

@@ -41,6 +41,12 @@ def _term(x, KIND: tl.constexpr):
 
 
 @triton.jit
+def _weigh(grad, weight, eta):
+    """As reduce::weigh in csrc/reduce/order.hpp."""
+    return (tl.where(weight < 0, -weight, weight) + eta.to(weight.dtype)) * grad
+
+
+@triton.jit
 def _combine(a, b, KIND: tl.constexpr):
     if KIND == 2:
         return tl.maximum(a, b)
@@ -90,13 +96,16 @@ def _array(address, start, ELEMENT: tl.constexpr, VECTOR: tl.constexpr):
     do_not_specialize_on_alignment=["arrays", "chunks", "out"],
 )
 def partials_kernel(
-    arrays,  # int64: address [n_arrays], numel [n_arrays], index of the first partial [n_arrays]
+    # int64: address [n_arrays], numel [n_arrays], index of the first partial [n_arrays], and if
+    # WEIGHTED address of the weights [n_arrays] or 0, bits of eta as float64 [n_arrays]
+    arrays,
     n_arrays,
     chunks,  # int64: array [n_chunks], number in array [n_chunks]
     n_chunks,
     out,  # float64
     ELEMENT: tl.constexpr,
     KIND: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     VECTOR: tl.constexpr,
     LANES: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -106,16 +115,32 @@ def partials_kernel(
     start = number * CHUNK
     left = tl.minimum(tl.load(arrays + n_arrays + array) - start, CHUNK).to(tl.int32)
     data = _array(tl.load(arrays + array), start, ELEMENT, VECTOR)
+    weight = data
+    is_weighted = False
+    eta = 0.0
+    if WEIGHTED:
+        address = tl.load(arrays + 3 * n_arrays + array)
+        is_weighted = address != 0
+        # Where there are none their place is taken by what can be read.
+        address = tl.where(is_weighted, address, tl.load(arrays + array))
+        weight = _array(address, start, ELEMENT, VECTOR)
+        eta = float64_of(tl.load(arrays + 4 * n_arrays + array))
     lanes = tl.arange(0, LANES)
     sums = _zeros(LANES, KIND)
     full = left // LANES * LANES
     for begin in range(0, full, LANES):
-        x = widen(tl.load(data + begin + lanes)).to(tl.float64)
-        sums = _combine(sums, _term(x, KIND), KIND)
+        x = widen(tl.load(data + begin + lanes))
+        if WEIGHTED:
+            w = widen(tl.load(weight + begin + lanes))
+            x = tl.where(is_weighted, _weigh(x, w, eta), x)
+        sums = _combine(sums, _term(x.to(tl.float64), KIND), KIND)
     if full < left:
         offsets = full + lanes
-        x = widen(tl.load(data + offsets, mask=offsets < left, other=0)).to(tl.float64)
-        sums = _combine(sums, _term(x, KIND), KIND)
+        x = widen(tl.load(data + offsets, mask=offsets < left, other=0))
+        if WEIGHTED:
+            w = widen(tl.load(weight + offsets, mask=offsets < left, other=0))
+            x = tl.where(is_weighted & (offsets < left), _weigh(x, w, eta), x)
+        sums = _combine(sums, _term(x.to(tl.float64), KIND), KIND)
     to = out + tl.load(arrays + 2 * n_arrays + array) + number
     tl.store(to, _reduce_lanes(sums, KIND))
 
@@ -275,6 +300,8 @@ def partials(
     dtype: str,
     first: bytes,
     out: Tensor,
+    weights: bytes | None = None,
+    etas: bytes = b"",
 ) -> None:
     """One partial result per chunk of 16384 elements of every array.
 
@@ -283,11 +310,15 @@ def partials(
         addresses, numels, first: int64 [n]; `first` is the index of an array's first partial.
         dtype: "f64", "f32", "bf16" or "f16".
         out: float64 on `device`.
+        weights: int64 [n], addresses of the weights of squares, 0 for an array without; or None.
+        etas: float64 [n], what is added to the size of a weight.
     """
     element, _ = DTYPES[dtype]
-    columns = [np.frombuffer(data, np.int64) for data in (addresses, numels, first)]
+    own = () if weights is None else (weights, etas)
+    columns = [np.frombuffer(data, np.int64) for data in (addresses, numels, first, *own)]
     with launcher.on(device):
-        for vector, rows in _split(columns[0], columns[1], dtype):
+        aligned = columns[0] if weights is None else columns[0] | columns[3]
+        for vector, rows in _split(aligned, columns[1], dtype):
             arrays, chunks, n_chunks = _tables(device, [c[rows] for c in columns], CHUNK)
             launcher.launch(
                 partials_kernel,
@@ -299,6 +330,7 @@ def partials(
                 out,
                 ELEMENT=element,
                 KIND=kind,
+                WEIGHTED=weights is not None,
                 VECTOR=vector,
                 LANES=LANES,
                 CHUNK=CHUNK,

@@ -41,6 +41,8 @@ class FusedOptimizer(Optimizer):
     # GradScaler sets both, and deletes them; it multiplies by a grad_scale that is there before.
     grad_scale: Tensor | None
     found_inf: Tensor | None = None
+    # What SAM sets for one step: a copy of each parameter that is read in its place, or None.
+    _sources: list[Tensor | None] | None = None
     _plan: Any = None
     _plan_epoch: int = -1
 
@@ -148,11 +150,30 @@ class FusedOptimizer(Optimizer):
             backend.native() is not None
             and self.found_inf is None
             and self.max_grad_norm is None
+            and self._sources is None
             and (self.backend or backend.chosen()) != "reference"
-            and not (self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks)
-            and not torch_optimizer._global_optimizer_pre_hooks
-            and not torch_optimizer._global_optimizer_post_hooks
+            and not self._has_hooks()
         )
+
+    def _has_hooks(self) -> bool:
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+            or torch_optimizer._global_optimizer_post_hooks
+        )
+
+    def _reads_from_copies(self) -> bool:
+        """Whether nothing but the engines looks at the parameters during step().
+
+        Code of others, which could, is in hooks, in subclasses, and in what stands in the place of
+        step(); the wrapper that torch's schedulers put there only calls it.
+        """
+        step = vars(self).get("step")
+        if hasattr(step, "_wrapped_by_lr_sched"):
+            step = getattr(step, "__wrapped__", step)
+        is_own = step in (None, FusedOptimizer.step)
+        return is_own and type(self).step is FusedOptimizer.step and not self._has_hooks()
 
     def _graph_step(self) -> bool:
         """Puts the step into the graph that is being compiled; False when it cannot."""
@@ -191,10 +212,7 @@ class FusedOptimizer(Optimizer):
 
     def _is_observed(self) -> bool:
         is_observed = (
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or torch_optimizer._global_optimizer_pre_hooks
-            or torch_optimizer._global_optimizer_post_hooks
+            self._has_hooks()
             or profiler._is_profiler_enabled
             or torch._C._autograd._profiler_enabled()
         )
@@ -215,7 +233,7 @@ class FusedOptimizer(Optimizer):
         plan = self._plan if self._plan_epoch == backend.current_epoch() else None
         if plan is not None:
             if self.max_grad_norm is None and self.found_inf is None:
-                is_done = plan.step(self.param_groups, self.state)
+                is_done = plan.step(self.param_groups, self.state, self._sources)
             else:
                 is_done = self._scaled_step(plan)
             if is_done:
@@ -231,7 +249,9 @@ class FusedOptimizer(Optimizer):
         if factors is None:
             return True
         inv_scale, clip = factors.inv_scale, factors.clip
-        made: bool = plan.scaled_step(groups, self.state, inv_scale, clip, factors.devices)
+        made: bool = plan.scaled_step(
+            groups, self.state, inv_scale, clip, factors.devices, self._sources
+        )
         return made
 
     @property

@@ -22,10 +22,12 @@ from pyoptim.rows import (
     Row,
     checked_rows,
     fill_states,
+    find_sources,
     is_dtensor,
     is_lazy,
     is_live,
     overlap,
+    restore_unread,
     share_memory,
 )
 
@@ -71,9 +73,13 @@ def _step_rows(optimizer: FusedOptimizer) -> Any:
     factors = step_factors(optimizer, [row.grad for row in rows], is_on_gpu, devices)
     if factors is None:
         return None
+    find_sources(optimizer, rows)
     fill_states(optimizer, rows, with_grads=factors.writes_grads)
+    are_shared = share_memory(rows, factors.writes_grads)
+    with torch.no_grad():
+        restore_unread(rows, are_shared)
     # Rows that share memory see each other's result, in order, as in torch's for-loop.
-    if share_memory(rows, factors.writes_grads):
+    if are_shared:
         for row in rows:
             _run(optimizer, [row], factors)
         return None
@@ -158,13 +164,17 @@ class Staged:
         self.is_copied = False
 
     def fields(self) -> tuple[Any, ...]:
-        native, row, param = backend.native(), self.row, self.row.param
+        native, row, param, source = backend.native(), self.row, self.row.param, self.row.source
         assert native is not None
         if native.layout_facts(param) != (True, True) or is_lazy(param):
-            param = self._copy(param, torch.empty_like(param).copy_(param), written=True)
+            values = param if source is None else source
+            param = self._copy(param, torch.empty_like(param).copy_(values), written=True)
+            source = None
         grad = self._like(row.grad, param, written=self._with_grad)
         states = tuple(self._like(state, param, written=True) for state in row.states)
-        return param, grad, states, *_common_fields(row, row.first)
+        if source is not None:
+            source = self._like(source, param, written=False)
+        return param, grad, states, *_common_fields(row, row.first), source
 
     def _like(self, tensor: Tensor, param: Tensor, written: bool) -> Tensor:
         native = backend.native()

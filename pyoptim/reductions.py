@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 from pyoptim import backend as backends
+from pyoptim.rows import HALF_DTYPES
+
+# A parameter and eta: what a gradient is multiplied by is abs(parameter) + eta.
+Weight = tuple[Tensor, float]
 
 # What the engines compute, by norm_type; numbered as reduce::Kind.
 KINDS = {2.0: 0, 1.0: 1, math.inf: 2}
@@ -139,8 +143,9 @@ class _Triton(_SpanBatch):
 
     def _norms(self, kind: int, per_tensor: bool, partials: Tensor, results: Tensor) -> None:
         kernels = _triton()
-        for dtype, addresses, numels, first in self.spans.packed():
-            kernels.partials(kind, self.device, addresses, numels, dtype, first, partials)
+        for dtype, addresses, numels, first, weights, etas in self.spans.packed():
+            of_dtype = (addresses, numels, dtype, first, partials, weights, etas)
+            kernels.partials(kind, self.device, *of_dtype)
         kernels.norms(kind, partials, self.spans.ends(per_tensor), results)
 
     def factor(
@@ -151,18 +156,24 @@ class _Triton(_SpanBatch):
         return factor
 
     def _scale(self, spans: Any, factor: float | Tensor) -> None:
-        for dtype, addresses, numels, _ in spans.packed():
+        for dtype, addresses, numels, *_ in spans.packed():
             _triton().scale(self.device, addresses, numels, dtype, 1.0, factor)
 
 
 _ENGINES: dict[str, type[_SpanBatch]] = {"cpu": _Cpu, "cuda": _Cuda, "triton": _Triton}
 
 
-def batches(tensors: list[Tensor], norm_type: float, choice: str) -> list[Batch]:
+def batches(
+    tensors: list[Tensor],
+    norm_type: float,
+    choice: str,
+    weights: Sequence[Weight | None] | None = None,
+) -> list[Batch]:
     """Sorts tensors by device, each with the engine that takes them.
 
     Args:
         choice: a backend's name or "auto"; a plain batch is made where "auto" finds no engine.
+        weights: with norm_type 2, what each tensor is multiplied by for the norm, or None.
 
     Raises: BackendError when the backend that was asked for by name cannot take the tensors.
     """
@@ -174,16 +185,28 @@ def batches(tensors: list[Tensor], norm_type: float, choice: str) -> list[Batch]
             "use 1, 2 or inf, or backend='auto'"
         )
     everything = range(len(tensors))
-    if choice == "reference" or norm_type not in KINDS or backends.native() is None:
-        spans = None
-    else:
-        spans = _spans(tensors, KINDS[norm_type] == 0)
+    if choice != "reference" and norm_type in KINDS and backends.native() is not None:
+        spans = _spans(tensors, KINDS[norm_type] == 0, weights)
         if not spans.unfit:
             return [_engine(choice, tensors[0])(tensors, everything, tensors, spans)]
     by_device: dict[torch.device, list[int]] = {}
     for i in everything:
         by_device.setdefault(tensors[i].device, []).append(i)
+    if weights is not None:
+        pairs = zip(tensors, weights, strict=True)
+        tensors = [t if w is None else weighted(t, w) for t, w in pairs]
     return [_sorted_out(tensors, of_one, norm_type, choice) for of_one in by_device.values()]
+
+
+def weighted(grad: Tensor, weight: Weight) -> Tensor:
+    """The gradient times the size of its weight, in the type that kernels compute it in."""
+    param, eta = weight
+    grad = grad if grad.layout == torch.strided else grad.to_dense()
+    if param.is_complex():
+        param, grad = (torch.view_as_real(t.resolve_conj()) for t in (param, grad))
+    if param.dtype in HALF_DTYPES:
+        param, grad = param.float(), grad.float()
+    return param.abs().add_(eta).mul_(grad)
 
 
 def total(parts: Sequence[Batch], norm_type: float) -> Tensor:
@@ -264,8 +287,14 @@ def _native() -> Any:
     return backends.native()
 
 
-def _spans(tensors: list[Tensor], may_be_complex: bool) -> Any:
-    return _native().Spans(tensors, may_be_complex)
+def _spans(
+    tensors: list[Tensor], may_be_complex: bool, weights: Sequence[Weight | None] | None = None
+) -> Any:
+    if weights is None:
+        return _native().Spans(tensors, may_be_complex)
+    params = [None if w is None else w[0] for w in weights]
+    etas = [0.0 if w is None else w[1] for w in weights]
+    return _native().Spans(tensors, may_be_complex, params, etas)
 
 
 def _triton() -> Any:

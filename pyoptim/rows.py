@@ -37,6 +37,7 @@ class Row:
     step: Tensor | None = None  # its step counter
     first: bool = False  # its momentum buffer is new
     is_live: bool = False  # kernels read and advance the counter, on the device
+    source: Tensor | None = None  # a copy of param, which is read in its place
 
     @property
     def has_kernel(self) -> bool:
@@ -438,6 +439,52 @@ def _span(tensor: Tensor) -> tuple[int, int] | None:
 def overlap(a: Tensor, b: Tensor) -> bool:
     first, second = _span(a), _span(b)
     return bool(first and second and first[0] < second[1] and second[0] < first[1])
+
+
+def find_sources(optimizer: FusedOptimizer, rows: list[Row]) -> None:
+    """Tells the rows which copies of their parameters the kernels are to read.
+
+    Raises:
+        RuntimeError: a parameter has another shape than its copy.
+    """
+    if optimizer._sources is None:
+        return
+    params = (p for group in optimizer.param_groups for p in group["params"])
+    sources = {id(p): s for p, s in zip(params, optimizer._sources, strict=True)}
+    for row in rows:
+        source = sources[id(row.key)]
+        if source is None:
+            continue
+        if source.shape != row.key.shape:
+            raise RuntimeError(
+                f"{row.place} has shape {tuple(row.key.shape)}, the copy that it is to be read "
+                f"from has {tuple(source.shape)}; change no shape between first_step() and "
+                "second_step()"
+            )
+        row.source = _local(source)
+
+
+def restore_unread(rows: list[Row], are_shared: bool) -> None:
+    """Copies back what no kernel is to read: it then is as if there had been no copy.
+
+    Args:
+        are_shared: the rows share memory, and each sees what those before it have written.
+    """
+    for row in rows:
+        if row.source is not None and (are_shared or not _is_readable(row, row.source)):
+            row.param.copy_(row.source)
+            row.source = None
+
+
+def _is_readable(row: Row, source: Tensor) -> bool:
+    param = row.param
+    return (
+        row.has_kernel
+        and (source.dtype, source.device) == (param.dtype, param.device)
+        and source.shape == param.shape
+        # Such a gradient changes with the parameter.
+        and not overlap(row.grad, param)
+    )
 
 
 def is_lazy(tensor: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,11 +16,11 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from pyoptim import backend, norms
+from pyoptim import backend, reductions
 from pyoptim.arithmetic import signed
 from pyoptim.norms import _eager as eager
 from pyoptim.optimizer import FusedOptimizer
-from pyoptim.rows import HALF_DTYPES, Row
+from pyoptim.rows import Row
 
 Group = dict[str, Any]
 OWN_OPTIONS = ("rho", "adaptive", "eta")
@@ -74,8 +75,9 @@ class SAM(Optimizer):
             gradient (the first one's length has no effect); `backend` runs both steps.
 
     State: that of the base optimizer only. The saved weights, of the size of the parameters, stay
-    allocated between steps but are never in a checkpoint. ASAM's norm needs another copy, in
-    float32 or wider, for a moment.
+    allocated between steps but are never in a checkpoint. No other copy is made: the norm is one
+    pass over gradients (ASAM's over weights too), the ascent a second, and a base optimizer of
+    pyoptim reads the saved weights itself.
     Raises: ValueError for an option out of range; TypeError for a base_optimizer that is no class.
     Source: Foret et al., arXiv:2010.01412, Algorithm 1; ASAM: Kwon et al., arXiv:2102.11600.
     Differs: from davda54's in that weights are restored in place, also those without a second
@@ -90,7 +92,8 @@ class SAM(Optimizer):
     # GradScaler sets both, and deletes them.
     grad_scale: Tensor | None
     found_inf: Tensor | None = None
-    _saved: list[tuple[Tensor, Tensor]] | None = None  # (parameter, its weights) after first_step
+    # After first_step all parameters, and the weights that those with a gradient had.
+    _saved: tuple[list[Tensor], list[Tensor | None]] | None = None
     _norm: Tensor | None = None
 
     def __init__(
@@ -176,14 +179,18 @@ class SAM(Optimizer):
         for group in self.param_groups:
             _check_options(group)
         choice = self._backend or backend.chosen()
-        norm = norms.total_norm(_weighted_grads(self.param_groups), backend=choice)
-        self._saved = self._ascent.climb(_ascent_groups(self.param_groups, norm, choice), choice)
+        params = list(self._params())
+        norm = _norm(self.param_groups, choice)
+        self._saved = params, self._ascent.climb(self.param_groups, params, norm, choice)
         self._norm = norm
         if zero_grad:
             self.zero_grad()
 
     def second_step(self, zero_grad: bool = False) -> None:
-        """Restores the weights and makes a step of the base optimizer with the gradients of now.
+        """Makes a step of the base optimizer from the saved weights with the gradients of now.
+
+        An optimizer of pyoptim reads them where they were saved. Others find them restored, as do
+        hooks, a step that a GradScaler may skip, and parameters that no kernel updates.
 
         Args:
             zero_grad: call zero_grad() afterwards.
@@ -194,8 +201,9 @@ class SAM(Optimizer):
         """
         if self._saved is None:
             raise RuntimeError("second_step() without first_step(): there is nothing to step from")
-        self.restore()
-        self._base_step()
+        if not self._step_from_saved():
+            self.restore()
+            self._base_step()
         self._remember_used_grads()
         if zero_grad:
             self.zero_grad()
@@ -206,15 +214,47 @@ class SAM(Optimizer):
     def restore(self) -> None:
         """Takes a first step back, exactly and in place; for a second pass that failed."""
         saved, self._saved = self._saved, None
-        if not saved:
-            return
+        pairs = [(p, w) for p, w in zip(*saved, strict=True) if w is not None] if saved else []
+        for param, weight in pairs:
+            if param.shape != weight.shape:
+                raise RuntimeError(
+                    f"a parameter has shape {tuple(param.shape)} and had {tuple(weight.shape)} in "
+                    "first_step(); change no shape before second_step()"
+                )
         if self._ascent.is_one_pass:
-            params, weights = (list(tensors) for tensors in zip(*saved, strict=True))
-            torch._foreach_copy_(params, weights)
+            _copy_back(pairs)
             return
         # Parameters over one memory were perturbed one after the other.
-        for param, weight in reversed(saved):
+        for param, weight in reversed(pairs):
             param.copy_(weight)
+
+    @torch.no_grad()
+    def _step_from_saved(self) -> bool:
+        """Steps without a restoring pass; False, and nothing has changed, where it takes one."""
+        base = self.base_optimizer
+        if not isinstance(base, FusedOptimizer) or not base._reads_from_copies():
+            return False
+        is_plain = self._ascent.is_one_pass and self.found_inf is None
+        if not is_plain or torch.compiler.is_compiling() or self._saved is None:
+            return False
+        params, weights = self._saved
+        if not _are_same(params, list(self._params())):
+            return False
+        is_idle = [p.grad is None for p in params]
+        if any(is_idle):
+            pairs = [(p, w) for p, w, idle in zip(params, weights, is_idle, strict=True) if idle]
+            _copy_back([(p, w) for p, w in pairs if w is not None])
+            weights = [None if i else w for i, w in zip(is_idle, weights, strict=True)]
+        base._sources = weights
+        try:
+            base.step()
+        except BaseException:
+            self.restore()
+            raise
+        finally:
+            del base._sources
+        self._saved = None
+        return True
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes a whole step; see the class for the forms that the closure may have.
@@ -464,6 +504,12 @@ class _Ascent(FusedOptimizer):
         scale = torch.as_tensor(group["scale"], dtype=torch.float64, device=param.device)
         return torch.where(scale != 0, param + scale * g, param), {"old_p": param}
 
+    # The groups of the SAM that `param_groups` were made from, the parameters, and their copies.
+    _origins: Sequence[Group] = ()
+    _params: Sequence[Tensor] = ()
+    _copies: Sequence[Tensor | None] = ()
+    _sizes: Sequence[int] = ()  # of the groups
+
     def _check_sparse(self, row: Row, group: Mapping[str, Any]) -> None:
         """Sparse gradients are allowed: the base optimizer says what it takes."""
 
@@ -471,14 +517,69 @@ class _Ascent(FusedOptimizer):
         row.grad = row.grad.to_dense()
         self._reference_step(row, group)
 
-    def climb(self, groups: list[Group], choice: str) -> list[tuple[Tensor, Tensor]]:
-        """Perturbs all parameters with a gradient; returns them with their saved weights."""
-        self.param_groups, self.backend = groups, choice
-        params = [p for group in groups for p in group["params"] if p.grad is not None]
+    def climb(
+        self, groups: Sequence[Group], params: list[Tensor], norm: Tensor, choice: str
+    ) -> list[Tensor | None]:
+        """Perturbs all parameters with a gradient; returns their saved weights, by `params`.
+
+        Args:
+            groups: of the SAM.
+            params: all of theirs.
+            choice: a backend's name or "auto".
+        """
+        if self._is_made_for(groups, params, choice):
+            self._set_options(norm)
+            if self._plan.step(self.param_groups, self.state):
+                return self._copies_of(params)
+        self._make_groups(groups, choice)
+        self._set_options(norm)
         for param in params:
-            self._drop_unlike(param)
+            if param.grad is not None:
+                self._drop_unlike(param)
         self._update()
-        return [(param, self.state[param]["old_p"]) for param in params]
+        self._params = params
+        self._copies = [self.state.get(p, {}).get("old_p") for p in params]
+        return self._copies_of(params)
+
+    def _is_made_for(self, groups: Sequence[Group], params: list[Tensor], choice: str) -> bool:
+        return (
+            self._plan is not None
+            and self._plan_epoch == backend.current_epoch()
+            and choice == self.backend
+            and _are_same(self._origins, groups)
+            and [len(group["params"]) for group in groups] == self._sizes
+            and _are_same(self._params, params)
+        )
+
+    def _make_groups(self, groups: Sequence[Group], choice: str) -> None:
+        """One per group and device, since each device needs the scale."""
+        self.backend, self._origins = choice, list(groups)
+        self._sizes = [len(group["params"]) for group in groups]
+        self.param_groups = []
+        seen: set[int] = set()
+        for n, group in enumerate(groups):
+            by_device: dict[torch.device, list[Tensor]] = {}
+            for param in group["params"]:
+                if id(param) not in seen:  # the second visit would save what the first perturbed
+                    by_device.setdefault(param.device, []).append(param)
+                seen.add(id(param))
+            for device, params in by_device.items():
+                is_live = _engine_of(params, choice) in backend.GPU_ENGINES
+                own = {"params": params, "capturable": is_live, "origin": n, "device": device}
+                self.param_groups.append(own)
+
+    def _set_options(self, norm: Tensor) -> None:
+        for group in self.param_groups:
+            origin = self._origins[group["origin"]]
+            is_on_host = group["device"].type == "cpu" and not group["capturable"]
+            scale = _scale_on_host if is_on_host else _scale_on_device
+            group["scale"] = scale(origin["rho"], norm, group["device"])
+            group["adaptive"], group["eta"] = origin["adaptive"], origin["eta"]
+            group["maximize"] = bool(origin.get("maximize"))
+
+    def _copies_of(self, params: list[Tensor]) -> list[Tensor | None]:
+        pairs = zip(params, self._copies, strict=True)
+        return [copy if p.grad is not None else None for p, copy in pairs]
 
     def _drop_unlike(self, param: Tensor) -> None:
         """Forgets a copy that could not hold the weights, after `model.half()` and the like."""
@@ -495,53 +596,51 @@ class _Ascent(FusedOptimizer):
         return self._plan is not None
 
 
-def _ascent_groups(groups: Sequence[Group], norm: Tensor, choice: str) -> list[Group]:
-    """Groups of the ascent: one per group and device, since each device needs the scale."""
-    made = []
-    seen: set[int] = set()
-    for group in groups:
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for param in group["params"]:
-            if id(param) not in seen:  # the second visit would save what the first has perturbed
-                by_device.setdefault(param.device, []).append(param)
-            seen.add(id(param))
-        scale = group["rho"] / (norm + 1e-12)
-        scale = torch.where(norm.isfinite(), scale, torch.zeros_like(scale))
-        for device, params in by_device.items():
-            options = {name: group[name] for name in ("adaptive", "eta")}
-            options["maximize"] = bool(group.get("maximize"))
-            made.append({"params": params, **_scale_on(device, params, scale, choice), **options})
-    return made
-
-
-def _scale_on(device: torch.device, params: list[Tensor], scale: Tensor, choice: str) -> Group:
-    """The scale as the kernels of a GPU engine read it, without waiting, or as a number."""
+def _engine_of(params: list[Tensor], choice: str) -> str:
+    """Who perturbs parameters of one device."""
     with_grad = [p for p in params if p.grad is not None]
-    engine = backend.select(choice, with_grad[0]) if with_grad else "cpu"
-    is_live = engine in backend.GPU_ENGINES
-    if is_live or device.type != "cpu":
-        return {"scale": scale.to(device, non_blocking=True), "capturable": is_live}
-    return {"scale": float(scale), "capturable": False}
+    return backend.select(choice, with_grad[0]) if with_grad else "reference"
 
 
-def _weighted_grads(groups: Sequence[Group]) -> list[Tensor]:
-    """The gradients, times T in an array of their own where a group is adaptive."""
-    return [
-        _weighted(p, p.grad, group["eta"]) if group["adaptive"] else _values(p.grad)
+def _scale_on_host(rho: float, norm: Tensor, _: torch.device) -> float:
+    length = float(norm)
+    # Rounded twice, as torch does when a tensor divides a number.
+    return 1.0 / (length + 1e-12) * float(rho) if math.isfinite(length) else 0.0
+
+
+def _scale_on_device(rho: float, norm: Tensor, device: torch.device) -> Tensor:
+    """As a kernel reads it, without waiting."""
+    scale = rho / (norm + 1e-12)
+    scale = torch.where(norm.isfinite(), scale, torch.zeros_like(scale))
+    return scale.to(device, non_blocking=True)
+
+
+def _are_same(one: Sequence[object], other: Sequence[object]) -> bool:
+    """Whether two lists hold the same objects; == would ask the tensors."""
+    return len(one) == len(other) and all(map(operator.is_, one, other))
+
+
+def _copy_back(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    if pairs:
+        params, weights = (list(tensors) for tensors in zip(*pairs, strict=True))
+        torch._foreach_copy_(params, weights)
+
+
+def _norm(groups: Sequence[Group], choice: str) -> Tensor:
+    """That of T*grad over all groups, 0-dim float64 on the device of the first gradient."""
+    pairs = [
+        (p.grad, (p, float(group["eta"])) if group["adaptive"] else None)
         for group in groups
         for p in group["params"]
         if p.grad is not None
     ]
-
-
-def _weighted(param: Tensor, grad: Tensor, eta: float) -> Tensor:
-    if grad.layout != torch.strided:
-        grad = grad.to_dense()
-    if param.is_complex():
-        param, grad = (torch.view_as_real(t.resolve_conj()) for t in (param, grad))
-    if param.dtype in HALF_DTYPES:
-        param, grad = param.float(), grad.float()
-    return param.abs().add_(eta).mul_(grad)
+    if not pairs:
+        return torch.zeros((), dtype=torch.float64)
+    weights = [weight for _, weight in pairs]
+    grads = [grad if weight else _values(grad) for grad, weight in pairs]
+    has_weights = any(group["adaptive"] for group in groups)
+    parts = reductions.batches(grads, 2.0, choice, weights if has_weights else None)
+    return reductions.total(parts, 2.0)
 
 
 def _values(grad: Tensor) -> Tensor:

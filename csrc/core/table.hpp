@@ -36,7 +36,8 @@ using UnscaleKernel = void (*)(void* grad, double inv_scale, int64_t begin, int6
 using PrepareHyper = void (*)(const double* raw, double step, bool first, void* hyper);
 
 struct TableRow {
-  void* param;              // [numel], updated in place
+  void* param;              // [numel], written
+  const void* source;       // [numel], where the parameter is read: param, or a copy of it
   void* grad;               // [numel], read; written only when unscaled
   void* state[kMaxStates];  // [numel] each, updated in place
   int64_t numel;

@@ -11,10 +11,11 @@
 namespace pyoptim::cpu {
 
 // What a FoldKernel makes of a chunk; the first three are numbered as in reduce::Kind.
-enum class Fold : int { squares = 0, magnitudes, maximum, products, values, count };
+enum class Fold : int { squares = 0, magnitudes, maximum, products, values, weighted, count };
 
-// Folds the elements of one chunk in the order of reduce/order.hpp. b is read by products only.
-using FoldKernel = double (*)(const void* a, const void* b, int64_t numel);
+// Folds the elements of one chunk in the order of reduce/order.hpp. b is read by products and, as
+// the weights of a, by weighted; eta by the latter only.
+using FoldKernel = double (*)(const void* a, const void* b, double eta, int64_t numel);
 
 // One instruction set's kernels.
 struct KernelTable {

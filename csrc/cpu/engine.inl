@@ -9,11 +9,17 @@ namespace {
 
 // One element.
 template <class Rule, int V, class P, class S>
-PYOPTIM_HD void update_one(
-    const typename Rule::Hyper& h, P& param, const P& grad, S* s0, S* s1, S* s2, int64_t i) {
+PYOPTIM_HD void update_one(const typename Rule::Hyper& h,
+                           P& param,
+                           const P& source,
+                           const P& grad,
+                           S* s0,
+                           S* s1,
+                           S* s2,
+                           int64_t i) {
   using T = typename Compute<P>::type;
   constexpr int kStates = Rule::kStates[V];
-  T p = load(param), a = 0, b = 0, c = 0;
+  T p = load(source), a = 0, b = 0, c = 0;
   if constexpr (kStates > 0) a = load(s0[i]);
   if constexpr (kStates > 1) b = load(s1[i]);
   if constexpr (kStates > 2) c = load(s2[i]);
@@ -28,11 +34,13 @@ PYOPTIM_HD void update_one(
 template <class P, class S>
 struct Arrays {
   P* param;
+  const P* source;
   const P* grad;
   S *s0, *s1, *s2;
 
   explicit Arrays(const TableRow& row)
       : param(static_cast<P*>(row.param)),
+        source(static_cast<const P*>(row.source)),
         grad(static_cast<const P*>(row.grad)),
         s0(static_cast<S*>(row.state[0])),
         s1(static_cast<S*>(row.state[1])),
@@ -41,6 +49,7 @@ struct Arrays {
   template <int kStates>
   PYOPTIM_HD void prefetch(int64_t i) const {
     __builtin_prefetch(param + i);
+    __builtin_prefetch(source + i);
     __builtin_prefetch(grad + i);
     if constexpr (kStates > 0) __builtin_prefetch(s0 + i);
     if constexpr (kStates > 1) __builtin_prefetch(s1 + i);
@@ -55,7 +64,7 @@ PYOPTIM_HD void update_vector(const typename Rule::Hyper& h,
                               int64_t i) {
   using X = typename VectorOf<typename Compute<P>::type>::type;
   constexpr int kStates = Rule::kStates[V];
-  X p = load_vector(arrays.param + i), a = {}, b = {}, c = {};
+  X p = load_vector(arrays.source + i), a = {}, b = {}, c = {};
   if constexpr (kStates > 0) a = load_vector(arrays.s0 + i);
   if constexpr (kStates > 1) b = load_vector(arrays.s1 + i);
   if constexpr (kStates > 2) c = load_vector(arrays.s2 + i);
@@ -86,7 +95,9 @@ void update_segment(
     update_vector<Rule, V>(h, arrays, i);
   }
   S *const s0 = arrays.s0, *const s1 = arrays.s1, *const s2 = arrays.s2;
-  for (; i < end; ++i) update_one<Rule, V>(h, arrays.param[i], arrays.grad[i], s0, s1, s2, i);
+  for (; i < end; ++i) {
+    update_one<Rule, V>(h, arrays.param[i], arrays.source[i], arrays.grad[i], s0, s1, s2, i);
+  }
 }
 
 template <class G>

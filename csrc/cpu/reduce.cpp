@@ -14,9 +14,9 @@ using reduce::kChunk;
 
 namespace {
 
-double fold(Fold what, DType dtype, const void* a, const void* b, int64_t numel) {
+double fold(Fold what, DType dtype, const void* a, const void* b, int64_t numel, double eta = 0.0) {
   const KernelTable& kernels = active_kernels();
-  return kernels.fold[static_cast<int>(what)][static_cast<int>(dtype)](a, b, numel);
+  return kernels.fold[static_cast<int>(what)][static_cast<int>(dtype)](a, b, eta, numel);
 }
 
 // The first chunk of a task.
@@ -135,8 +135,11 @@ void add_chunks(const RowWork& work, double* sums) {
 
 void partials(reduce::Kind kind, const std::vector<Span>& spans, double* out) {
   for_each_chunk(spans, [=](const Span& span, int64_t begin, int64_t end, int64_t index) {
+    const bool is_weighted = span.weight && kind == reduce::Kind::squares;
     const char* const x = element(span.data, span.dtype, begin);
-    out[index] = fold(static_cast<Fold>(kind), span.dtype, x, nullptr, end - begin);
+    const char* const w = is_weighted ? element(span.weight, span.dtype, begin) : nullptr;
+    const Fold what = is_weighted ? Fold::weighted : static_cast<Fold>(kind);
+    out[index] = fold(what, span.dtype, x, w, end - begin, span.eta);
   });
 }
 

@@ -7,6 +7,7 @@ namespace pyoptim::cpu {
 namespace {
 
 using reduce::kLanes;
+using reduce::weigh;
 
 constexpr int64_t kDoubles = kVectorBytes / sizeof(double);
 constexpr int64_t kPair = 2 * kDoubles;  // elements of one vector of float32
@@ -75,19 +76,23 @@ PYOPTIM_HD DoubleV magnitude(DoubleV x) {
   return bit_cast<DoubleV>(bit_cast<LongV>(x) & INT64_MAX);
 }
 
-// What is added up; b is read by products only.
+// What is added up; b is read by products and weighted only.
 template <Fold kFold, class E>
 struct Terms {
+  using T = typename Compute<E>::type;
+  static constexpr bool kReadsB = kFold == Fold::products || kFold == Fold::weighted;
   const E *a, *b;
+  T eta;
 
   PYOPTIM_HD double one(int64_t i) const {
+    if constexpr (kFold == Fold::weighted) return term<double>(weigh(load(a[i]), load(b[i]), eta));
     const double x = load(a[i]);
     if constexpr (kFold == Fold::products) return x * load(b[i]);
     return term(x);
   }
   PYOPTIM_HD void add(int64_t i, Pair* sum) const {
-    Pair x = load_pair(a + i);
-    if constexpr (kFold == Fold::squares) {
+    Pair x = kFold == Fold::weighted ? weighted_pair(i) : load_pair(a + i);
+    if constexpr (kFold == Fold::squares || kFold == Fold::weighted) {
       *sum = {add_square<E>(sum->low, x.low), add_square<E>(sum->high, x.high)};
       return;
     }
@@ -102,9 +107,18 @@ struct Terms {
   }
 
  private:
+  PYOPTIM_HD auto weighted(int64_t i) const {
+    return weigh(load_vector(a + i), load_vector(b + i), eta);
+  }
+  PYOPTIM_HD Pair weighted_pair(int64_t i) const {
+    if constexpr (sizeof(T) == sizeof(double))
+      return {weighted(i), weighted(i + kDoubles)};
+    else
+      return widen_floats(weighted(i));
+  }
   template <class X>
   PYOPTIM_HD static X term(X x) {
-    if constexpr (kFold == Fold::squares) return x * x;
+    if constexpr (kFold == Fold::squares || kFold == Fold::weighted) return x * x;
     if constexpr (kFold == Fold::values) return x;
     return magnitude(x);
   }
@@ -120,6 +134,9 @@ PYOPTIM_HD void add_rounds(const Terms<kFold, E>& terms, int64_t begin, int64_t 
     for (int round = 0; round < kRounds; ++round) {
       const int64_t i = begin + round * kLanes + l;
       __builtin_prefetch(terms.a + i + 2 * kRounds * kLanes);
+      if constexpr (Terms<kFold, E>::kReadsB) {
+        __builtin_prefetch(terms.b + i + 2 * kRounds * kLanes);
+      }
       terms.add(i, &sum);
     }
     store_vector(lanes + l, sum.low);
@@ -150,8 +167,10 @@ PYOPTIM_HD int64_t lanes_in_use(int64_t n) {
 }
 
 template <Fold kFold, class E>
-double fold_chunk(const void* a, const void* b, int64_t numel) {
-  const Terms<kFold, E> terms{static_cast<const E*>(a), static_cast<const E*>(b)};
+double fold_chunk(const void* a, const void* b, double eta, int64_t numel) {
+  const Terms<kFold, E> terms{static_cast<const E*>(a),
+                              static_cast<const E*>(b),
+                              static_cast<typename Compute<E>::type>(eta)};
   const int64_t width = lanes_in_use(numel);
   alignas(64) double lanes[kLanes];
   std::memset(lanes, 0, width * sizeof(double));
@@ -181,6 +200,7 @@ void fill_folds(KernelTable* table) {
   fill_fold<Fold::magnitudes>(table);
   fill_fold<Fold::maximum>(table);
   fill_fold<Fold::products>(table);
+  fill_fold<Fold::weighted>(table);
   table->fold[static_cast<int>(Fold::values)][static_cast<int>(DType::f64)] =
       fold_chunk<Fold::values, double>;
 }

@@ -11,7 +11,7 @@
 
 namespace pyoptim::gpu {
 
-constexpr int kApiVersion = 1;
+constexpr int kApiVersion = 2;
 
 // Where work goes. Every call is asynchronous, allocates nothing and can be captured in a graph.
 struct Queue {
@@ -33,11 +33,12 @@ struct GradFactors {
 };
 
 // One update of rows that share a rule, a variant and a set of dtypes. No two rows share memory.
+// With found_inf nothing is written: a parameter with a source elsewhere stays as it is.
 struct Update {
   RuleId rule;
   int32_t variant;
   DTypeSet dtypes;
-  const TableRow* const* rows;  // [n_rows]; of a row param, grad, state, numel and hyper are read
+  const TableRow* const* rows;  // [n_rows]; of a row all but update and unscale is read
   int64_t n_rows;
   const HyperBlock* hypers;       // host memory, indexed by row->hyper
   const HyperBlock* live_hypers;  // device memory, [n_rows] in the order of rows; or null
@@ -75,6 +76,8 @@ struct Span {
   void* data;
   int64_t numel;
   DType dtype;
+  const void* weight = nullptr;  // [numel]: squares are those of reduce::weigh, unless null
+  double eta = 0.0;              // added to the size of a weight
 };
 
 // Stage 1: one partial result per chunk of reduce::kChunk elements, chunks in order of the spans.

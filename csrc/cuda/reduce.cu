@@ -8,10 +8,12 @@ using reduce::kChunk;
 using reduce::Kind;
 using reduce::kLanes;
 
+constexpr int kSpanBytes = sizeof(void*) + sizeof(int64_t) + 2 * sizeof(int32_t);
+
 // Spans of one launch, by value.
-struct SpanTable {
-  static constexpr int kRows =
-      (kParameterBytes - 64) / (sizeof(void*) + sizeof(int64_t) + 2 * sizeof(int32_t));
+template <int kCapacity>
+struct Spans {
+  static constexpr int kRows = kCapacity;
 
   int64_t chunk;
   int32_t n_rows;
@@ -19,17 +21,39 @@ struct SpanTable {
   DType dtype[kRows];
   int64_t numel[kRows];
   void* data[kRows];
+
+  void set(int row, const Span& span) {
+    dtype[row] = span.dtype;
+    numel[row] = span.numel;
+    data[row] = span.data;
+  }
+};
+using SpanTable = Spans<(kParameterBytes - 64) / kSpanBytes>;
+
+// With the weights of those that have some.
+constexpr int kWeightBytes = sizeof(void*) + sizeof(double);
+struct WeightedTable : Spans<(kParameterBytes - 64) / (kSpanBytes + kWeightBytes)> {
+  const void* weight[kRows];
+  double eta[kRows];
+
+  void set(int row, const Span& span) {
+    Spans::set(row, span);
+    weight[row] = span.weight;
+    eta[row] = span.eta;
+  }
 };
 
 // The part of a span that belongs to a block.
 struct Part {
+  int row;
   void* data;
   DType dtype;
   int64_t begin, end;
 
-  __device__ __forceinline__ explicit Part(const SpanTable& table) {
+  template <class Table>
+  __device__ __forceinline__ explicit Part(const Table& table) {
     const int32_t block = static_cast<int32_t>(blockIdx.x);
-    const int row = find_row(table.first_block, table.n_rows, block);
+    row = find_row(table.first_block, table.n_rows, block);
     data = table.data[row];
     dtype = table.dtype[row];
     begin = (block - table.first_block[row]) * table.chunk;
@@ -110,16 +134,60 @@ __device__ __forceinline__ void add_to_lanes(const E* data, int64_t n, double* l
   }
 }
 
-// The result over [data, data + n), in thread 0.
-template <Kind kKind, bool kIsPartial, class E>
-__device__ __forceinline__ double reduce_block(const E* data, int64_t n) {
+// The same for squares of gradients times the sizes of their weights.
+template <class E>
+__device__ __forceinline__ void add_weighted(
+    const E* data, const E* weight, typename Compute<E>::type eta, int64_t n, double* lanes) {
+  const bool aligned =
+      is_aligned<E, kLanesPerThread>(data) && is_aligned<E, kLanesPerThread>(weight);
+  for (int64_t i = threadIdx.x * kLanesPerThread; i < n; i += kLanes) {
+    Four<E> grads = {}, weights = {};
+    if (aligned && i + kLanesPerThread <= n) {
+      grads = *reinterpret_cast<const Four<E>*>(data + i);
+      weights = *reinterpret_cast<const Four<E>*>(weight + i);
+    }
+#pragma unroll
+    for (int k = 0; k < kLanesPerThread; ++k) {
+      if (i + k >= n) break;  // no zero stands for these: it times an infinite eta would be NaN
+      const E g = aligned && i + kLanesPerThread <= n ? grads.x[k] : data[i + k];
+      const E w = aligned && i + kLanesPerThread <= n ? weights.x[k] : weight[i + k];
+      lanes[k] += reduce::term<Kind::squares>(reduce::weigh(load(g), load(w), eta));
+    }
+  }
+}
+
+// The lanes of all threads to one value, in thread 0.
+template <Kind kKind>
+__device__ __forceinline__ double combine_block(const double* lanes) {
   PYOPTIM_SHARED(double, shared, kLanes);
-  double lanes[kLanesPerThread] = {};
-  add_to_lanes<kKind, kIsPartial>(data, n, lanes);
 #pragma unroll
   for (int k = 0; k < kLanesPerThread; ++k) shared[threadIdx.x * kLanesPerThread + k] = lanes[k];
   __syncthreads();
   return threadIdx.x < kWarp ? combine_shared<kKind>(shared) : 0.0;
+}
+
+// The result over [data, data + n), in thread 0.
+template <Kind kKind, bool kIsPartial, class E>
+__device__ __forceinline__ double reduce_block(const E* data, int64_t n) {
+  double lanes[kLanesPerThread] = {};
+  add_to_lanes<kKind, kIsPartial>(data, n, lanes);
+  return combine_block<kKind>(lanes);
+}
+
+template <class E>
+__device__ __forceinline__ double reduce_weighted(const Part& part,
+                                                  const void* weight,
+                                                  double eta) {
+  const E* const data = static_cast<const E*>(part.data) + part.begin;
+  const int64_t n = part.end - part.begin;
+  double lanes[kLanesPerThread] = {};
+  if (weight) {
+    const E* const weights = static_cast<const E*>(weight) + part.begin;
+    add_weighted<E>(data, weights, static_cast<typename Compute<E>::type>(eta), n, lanes);
+  } else {
+    add_to_lanes<Kind::squares, false>(data, n, lanes);
+  }
+  return combine_block<Kind::squares>(lanes);
 }
 
 template <Kind kKind, class E>
@@ -145,6 +213,29 @@ __global__ void __launch_bounds__(kThreads)
       break;
     default:
       result = reduce_part<kKind, F16>(part);
+      break;
+  }
+  if (threadIdx.x == 0) out[blockIdx.x] = result;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    weighted_partials_kernel(const WeightedTable __grid_constant__ table, double* out) {
+  const Part part(table);
+  const void* const weight = table.weight[part.row];
+  const double eta = table.eta[part.row];
+  double result = 0.0;
+  switch (part.dtype) {
+    case DType::f64:
+      result = reduce_weighted<double>(part, weight, eta);
+      break;
+    case DType::f32:
+      result = reduce_weighted<float>(part, weight, eta);
+      break;
+    case DType::bf16:
+      result = reduce_weighted<Bf16>(part, weight, eta);
+      break;
+    default:
+      result = reduce_weighted<F16>(part, weight, eta);
       break;
   }
   if (threadIdx.x == 0) out[blockIdx.x] = result;
@@ -330,10 +421,10 @@ __global__ void __launch_bounds__(kThreads)
 
 // Calls launch_table(table, n_blocks, blocks of the launches before) for as many tables as it
 // takes.
-template <class LaunchTable>
+template <class Table, class LaunchTable>
 cudaError_t for_each_table(const Span* spans, int64_t n, int64_t chunk, LaunchTable launch_table) {
-  const int capacity = choose_rows(SpanTable::kRows);
-  SpanTable table;
+  const int capacity = choose_rows(Table::kRows);
+  Table table;
   table.chunk = chunk;
   int64_t blocks_before = 0;
   for (int64_t s = 0; s < n;) {
@@ -344,9 +435,7 @@ cudaError_t for_each_table(const Span* spans, int64_t n, int64_t chunk, LaunchTa
       if (blocks == 0) continue;
       if (table.n_rows > 0 && n_blocks + blocks > kMaxBlocks) break;
       table.first_block[table.n_rows] = static_cast<int32_t>(n_blocks);
-      table.dtype[table.n_rows] = spans[s].dtype;
-      table.numel[table.n_rows] = spans[s].numel;
-      table.data[table.n_rows++] = spans[s].data;
+      table.set(table.n_rows++, spans[s]);
       n_blocks += blocks;
     }
     if (n_blocks == 0) break;
@@ -359,9 +448,19 @@ cudaError_t for_each_table(const Span* spans, int64_t n, int64_t chunk, LaunchTa
 
 template <Kind kKind>
 cudaError_t launch_partials(const Partials& p, cudaStream_t stream) {
-  return for_each_table(
+  return for_each_table<SpanTable>(
       p.spans, p.n_spans, kChunk, [&](const SpanTable& table, int64_t n_blocks, int64_t before) {
         return launch(partials_kernel<kKind>, n_blocks, stream, table, p.out + before);
+      });
+}
+
+cudaError_t launch_weighted(const Partials& p, cudaStream_t stream) {
+  return for_each_table<WeightedTable>(
+      p.spans,
+      p.n_spans,
+      kChunk,
+      [&](const WeightedTable& table, int64_t n_blocks, int64_t before) {
+        return launch(weighted_partials_kernel, n_blocks, stream, table, p.out + before);
       });
 }
 
@@ -403,7 +502,9 @@ cudaError_t launch_row_sums(const RowSums& sums, cudaStream_t stream) {
 cudaError_t partials(const Partials& p, cudaStream_t stream) {
   switch (p.kind) {
     case Kind::squares:
-      return launch_partials<Kind::squares>(p, stream);
+      return std::any_of(p.spans, p.spans + p.n_spans, [](const Span& s) { return s.weight; })
+                 ? launch_weighted(p, stream)
+                 : launch_partials<Kind::squares>(p, stream);
     case Kind::magnitudes:
       return launch_partials<Kind::magnitudes>(p, stream);
     case Kind::maximum:
@@ -429,13 +530,13 @@ cudaError_t clip(const Clip& c, cudaStream_t stream) { return launch(clip_kernel
 cudaError_t scale(const Scale& s, cudaStream_t stream) {
   int64_t total = 0;
   for (int64_t i = 0; i < s.n_spans; ++i) total += s.spans[i].numel;
-  return for_each_table(s.spans,
-                        s.n_spans,
-                        choose_chunk(total),
-                        [&](const SpanTable& table, int64_t n_blocks, int64_t) {
-                          return launch(
-                              scale_kernel, n_blocks, stream, table, s.factor, s.factor_at);
-                        });
+  return for_each_table<SpanTable>(
+      s.spans,
+      s.n_spans,
+      choose_chunk(total),
+      [&](const SpanTable& table, int64_t n_blocks, int64_t) {
+        return launch(scale_kernel, n_blocks, stream, table, s.factor, s.factor_at);
+      });
 }
 
 cudaError_t row_sums(const RowSums& sums, cudaStream_t stream) {

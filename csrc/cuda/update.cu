@@ -6,7 +6,8 @@ namespace {
 
 constexpr int kHypers = 8;  // blocks of hyper-parameters in one launch
 
-// The tensors of one launch, by value. Arrays: param, grad, states.
+// The tensors of one launch, by value. Arrays: param, grad, states. Where parameters are read from
+// copies, those lie in the upper half of the first array, and a launch takes half as many rows.
 template <int kArrays>
 struct Table {
   static constexpr int kHeader = sizeof(HyperBlock) * kHypers + sizeof(GradFactors) + 64;
@@ -19,10 +20,13 @@ struct Table {
   int64_t chunk;
   int32_t n_rows;
   bool unscales;
+  bool has_sources;
   int32_t first_block[kRows];
   int32_t hyper[kRows];  // index into hypers or live_hypers
   int64_t numel[kRows];
   void* arrays[kArrays][kRows];
+
+  PYOPTIM_HD int source(int row) const { return has_sources ? row + kRows / 2 : row; }
 };
 
 // -- device ---------------------------------------------------------------------------------------
@@ -54,18 +58,21 @@ struct Multiplier {
 template <class P, class S, int kStates>
 struct Arrays {
   P* param;
+  const P* source;  // where param is read
   P* grad;
   S* state[kStates > 0 ? kStates : 1];
 
   __device__ __forceinline__ Arrays(const Table<2 + kStates>& table, int row)
-      : param(static_cast<P*>(table.arrays[0][row])), grad(static_cast<P*>(table.arrays[1][row])) {
+      : param(static_cast<P*>(table.arrays[0][row])),
+        source(static_cast<const P*>(table.arrays[0][table.source(row)])),
+        grad(static_cast<P*>(table.arrays[1][row])) {
 #pragma unroll
     for (int n = 0; n < kStates; ++n) state[n] = static_cast<S*>(table.arrays[2 + n][row]);
   }
 
   template <int W>
   __device__ __forceinline__ bool are_aligned() const {
-    bool aligned = is_aligned<P, W>(param) && is_aligned<P, W>(grad);
+    bool aligned = is_aligned<P, W>(param) && is_aligned<P, W>(source) && is_aligned<P, W>(grad);
 #pragma unroll
     for (int n = 0; n < kStates; ++n) aligned = aligned && is_aligned<S, W>(state[n]);
     return aligned;
@@ -82,7 +89,7 @@ struct Slice {
   Pack<S, W> state[kStates > 0 ? kStates : 1];
 
   __device__ __forceinline__ void read(const Arrays<P, S, kStates>& from, int64_t i) {
-    param = *reinterpret_cast<const Pack<P, W>*>(from.param + i);
+    param = *reinterpret_cast<const Pack<P, W>*>(from.source + i);
     grad = *reinterpret_cast<const Pack<P, W>*>(from.grad + i);
 #pragma unroll
     for (int n = 0; n < kStates; ++n) {
@@ -210,7 +217,13 @@ class Updater {
   Updater(Kernel kernel, const Update& update, cudaStream_t stream)
       : kernel_(kernel), update_(update), stream_(stream) {
     int64_t total = 0;
-    for (int64_t r = 0; r < update.n_rows; ++r) total += update.rows[r]->numel;
+    table_.has_sources = false;
+    for (int64_t r = 0; r < update.n_rows; ++r) {
+      const TableRow& row = *update.rows[r];
+      total += row.numel;
+      table_.has_sources = table_.has_sources || row.source != row.param;
+    }
+    capacity_ = choose_rows(Table<kArrays>::kRows / (table_.has_sources ? 2 : 1));
     table_.factors = update.factors;
     table_.unscales = update.factors.unscales();
     table_.live_hypers = update.live_hypers;
@@ -231,7 +244,7 @@ class Updater {
     const TableRow& row = *update_.rows[r];
     const int64_t blocks = (row.numel + table_.chunk - 1) / table_.chunk;
     int hyper = find_hyper(r);
-    if (hyper < 0 || table_.n_rows == kCapacity || n_blocks_ + blocks > kMaxBlocks) {
+    if (hyper < 0 || table_.n_rows == capacity_ || n_blocks_ + blocks > kMaxBlocks) {
       if (const cudaError_t status = flush(); status != cudaSuccess) return status;
       hyper = find_hyper(r);
     }
@@ -240,6 +253,7 @@ class Updater {
     table_.hyper[to] = hyper;
     table_.numel[to] = row.numel;
     table_.arrays[0][to] = row.param;
+    table_.arrays[0][table_.source(to)] = const_cast<void*>(row.source);
     table_.arrays[1][to] = row.grad;
     for (int n = 2; n < kArrays; ++n) table_.arrays[n][to] = row.state[n - 2];
     n_blocks_ += blocks;
@@ -265,7 +279,7 @@ class Updater {
   const Kernel kernel_;
   const Update& update_;
   const cudaStream_t stream_;
-  const int kCapacity = choose_rows(Table<kArrays>::kRows);
+  int capacity_ = 0;  // rows of a launch
   int64_t n_blocks_ = 0;
   Slots<kHypers> slots_;
   Table<kArrays> table_;

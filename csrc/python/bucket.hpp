@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>
@@ -164,7 +165,8 @@ class Bucket {
     if (is_live) prepare_triton(engine, rule, live, on, blocks, place, cache);
     std::vector<int64_t> addresses, numels;
     std::vector<int32_t> indices;
-    list_rows(rule.n_states[variant], &addresses, &numels, &indices);
+    const bool has_sources = reads_sources();
+    list_rows(rule.n_states[variant], has_sources, &addresses, &numels, &indices);
     engine.attr("update")(rule.name,
                           variant,
                           name_of(dtypes),
@@ -179,7 +181,13 @@ class Bucket {
                           1.0,
                           on.clip,
                           on.found_inf,
-                          cache);
+                          cache,
+                          has_sources);
+  }
+
+  bool reads_sources() const {
+    const auto is_copy = [](const TableRow* row) { return row->source != row->param; };
+    return std::any_of(rows_.begin(), rows_.end(), is_copy);
   }
 
   void prepare_triton(const py::object& engine,
@@ -220,17 +228,19 @@ class Bucket {
   }
 
   void list_rows(int n_states,
+                 bool has_sources,
                  std::vector<int64_t>* addresses,
                  std::vector<int64_t>* numels,
                  std::vector<int32_t>* indices) const {
     const size_t n = rows_.size();
-    addresses->resize((2 + n_states) * n);
+    addresses->resize((2 + n_states + has_sources) * n);
     for (size_t i = 0; i < n; ++i) {
       const TableRow& row = *rows_[i];
       (*addresses)[i] = reinterpret_cast<int64_t>(row.param);
       (*addresses)[n + i] = reinterpret_cast<int64_t>(row.grad);
       for (int k = 0; k < n_states; ++k)
         (*addresses)[(2 + k) * n + i] = reinterpret_cast<int64_t>(row.state[k]);
+      if (has_sources) (*addresses)[(2 + n_states) * n + i] = reinterpret_cast<int64_t>(row.source);
       numels->push_back(row.numel);
       indices->push_back(row.hyper);
     }

@@ -151,9 +151,11 @@ class Plan {
   std::vector<int32_t> devices() const { return work_.devices(); }
 
   // One step over everything that has a gradient, or nothing at all: false, and nothing has
-  // changed, when parameters, state, options or gradients are not those the plan was made for.
-  bool step(const py::list& param_groups, const py::object& state) {
-    return scaled_step(param_groups, state, 1.0, 1.0, py::none());
+  // changed, when parameters, state, options, gradients or sources are not such as the plan was
+  // made for. sources: None, or a list with a copy of each parameter, from which it is read, or
+  // None.
+  bool step(const py::list& param_groups, const py::object& state, const py::object& sources) {
+    return scaled_step(param_groups, state, 1.0, 1.0, py::none(), sources);
   }
 
   // The factors are as in Work::start.
@@ -161,12 +163,14 @@ class Plan {
                    const py::object& state,
                    double inv_scale,
                    double clip,
-                   const py::object& devices) {
+                   const py::object& devices,
+                   const py::object& sources) {
     if (running_)
       throw std::runtime_error("step() of this optimizer is already running in another thread");
     if (counts_for_gpu_) work_.memory().attr("check_not_capturing")();
     stepped_.clear();
     live_grads_.clear();
+    sources_ = sources.is_none() ? nullptr : sources.ptr();
     const bool collected =
         is_valid(param_groups, state.ptr()) && collect(param_groups, inv_scale, clip, devices);
     if (collected && !work_.empty()) launch();
@@ -210,7 +214,9 @@ class Plan {
 
   bool is_valid(const py::list& param_groups, PyObject* state) {
     return is_usable_ && kernels_ == &cpu::active_kernels() && api_ == gpu::loaded_api() &&
-           param_groups.size() == variants_.size() && state_.holds(state);
+           param_groups.size() == variants_.size() && state_.holds(state) &&
+           (!sources_ || (PyList_CheckExact(sources_) &&
+                          static_cast<size_t>(PyList_GET_SIZE(sources_)) == rows_.size()));
   }
 
   bool collect(const py::list& param_groups,
@@ -264,10 +270,26 @@ class Plan {
     if (!row.active || !row.is_current()) return false;
     if (grad.dtype != row.layout.dtype || !is_usable(grad, row.layout)) return false;
     const int64_t bytes = row.table_row.numel * item_size(grad.dtype);
-    if (written_.overlaps(storage, grad.data, bytes)) return false;
+    if (written_.overlaps(storage, grad.data, bytes) || !find_source(row, bytes)) return false;
     row.table_row.grad = grad.data;
     stepped_.push_back(&row);
     return work_.add(&row);
+  }
+
+  bool find_source(Row& row, int64_t bytes) const {
+    row.table_row.source = row.table_row.param;
+    PyObject* const source = sources_ ? PyList_GET_ITEM(sources_, &row - rows_.data()) : Py_None;
+    if (source == Py_None) return true;
+    TensorView view;
+    if (!is_tensor(source) || !view_of(source, &view) ||
+        is_lazy(py::reinterpret_borrow<py::object>(source)) || view.dtype != row.layout.dtype ||
+        !is_usable(view, row.layout) ||
+        (symbols::enabled() && !symbols::holds_all(symbols::tensor_of(source), view)) ||
+        written_.overlaps(storage_of(source), view.data, bytes)) {
+      return false;
+    }
+    row.table_row.source = view.data;
+    return true;
   }
 
   void launch() {
@@ -323,6 +345,7 @@ class Plan {
   WrittenMemory written_;
   std::vector<Row*> stepped_;
   std::vector<symbols::Tensor> live_grads_;  // borrowed from the parameters
+  PyObject* sources_ = nullptr;              // of this step; the caller's
   const py::object params_key_ =
       py::reinterpret_steal<py::object>(PyUnicode_InternFromString("params"));
 };

@@ -78,11 +78,22 @@ inline void* number_memory(
 // than the first's, is listed as unfit; nothing can be computed before there is none.
 class Spans {
  public:
-  Spans(const py::list& tensors, bool may_be_complex)
+  // weights: for every tensor None, or one of its layout and dtype for reduce::weigh with the eta
+  // beside it; or None.
+  Spans(const py::list& tensors,
+        bool may_be_complex,
+        const py::object& weights,
+        const std::vector<double>& etas)
       : tensors_(py::reinterpret_steal<py::tuple>(PyList_AsTuple(tensors.ptr()))) {
     spans_.reserve(tensors_.size());
     ends_.reserve(tensors_.size());
-    for (size_t i = 0; i < tensors_.size(); ++i) add(i, may_be_complex);
+    if (!weights.is_none()) weights_ = py::tuple(weights);
+    if (!weights_.empty() && (weights_.size() != tensors_.size() || etas.size() != weights_.size()))
+      throw py::value_error("Spans: as many weights and etas as tensors are needed");
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      PyObject* const weight = weights_.empty() ? Py_None : PyTuple_GET_ITEM(weights_.ptr(), i);
+      add(i, may_be_complex, weight, weight == Py_None ? 0.0 : etas[i]);
+    }
   }
 
   const std::vector<int64_t>& unfit() const { return unfit_; }
@@ -157,41 +168,62 @@ class Spans {
       symbols::table().bump_version(symbols::tensor_of(tensor.ptr()));
   }
 
-  // Per dtype (its name, int64 addresses, int64 numels, int64 index of the first chunk of each) of
-  // the tensors that are not empty, for engines that are called from Python.
+  // Per dtype (its name, int64 addresses, int64 numels, int64 index of the first chunk of each, and
+  // where there are weights int64 addresses, or 0, and float64 etas of them) of the tensors that
+  // are not empty, for engines that are called from Python.
   py::list packed() const {
     constexpr const char* kNames[] = {"f64", "f32", "bf16", "f16"};
     py::list groups;
     for (int dtype = 0; dtype < 4; ++dtype) {
-      std::vector<int64_t> addresses, numels, firsts;
+      std::vector<int64_t> addresses, numels, firsts, weights;
+      std::vector<double> etas;
       for (size_t i = 0; i < spans_.size(); ++i) {
         if (static_cast<int>(spans_[i].dtype) != dtype || spans_[i].numel == 0) continue;
         addresses.push_back(reinterpret_cast<intptr_t>(spans_[i].data));
         numels.push_back(spans_[i].numel);
         firsts.push_back(i == 0 ? 0 : ends_[i - 1]);
+        weights.push_back(reinterpret_cast<intptr_t>(spans_[i].weight));
+        etas.push_back(spans_[i].eta);
       }
       if (addresses.empty()) continue;
-      groups.append(
-          py::make_tuple(kNames[dtype], bytes_of(addresses), bytes_of(numels), bytes_of(firsts)));
+      groups.append(py::make_tuple(kNames[dtype],
+                                   bytes_of(addresses),
+                                   bytes_of(numels),
+                                   bytes_of(firsts),
+                                   weights_.empty() ? py::none() : py::object(bytes_of(weights)),
+                                   bytes_of(etas)));
     }
     return groups;
   }
 
  private:
-  void add(size_t i, bool may_be_complex) {
+  void add(size_t i, bool may_be_complex, PyObject* weight, double eta) {
     PyObject* const tensor = PyTuple_GET_ITEM(tensors_.ptr(), i);
     check_is_tensor(tensor, "tensors[" + std::to_string(i) + "]");
     TensorView view;
-    const bool fits = is_fit(tensor, &view) && (may_be_complex || !view.is_complex);
+    const void* weight_data = nullptr;
+    const bool fits = is_fit(tensor, &view) && (may_be_complex || !view.is_complex) &&
+                      is_weight(weight, view, &weight_data);
     if (!fits || !(spans_.empty() || same_device(view, place_))) {
       unfit_.push_back(static_cast<int64_t>(i));
       return;
     }
     if (spans_.empty()) place_ = view;
     has_float64_ = has_float64_ || view.dtype == DType::f64;
-    spans_.push_back({view.data, view.numel * (view.is_complex ? 2 : 1), view.dtype});
+    const int64_t numel = view.numel * (view.is_complex ? 2 : 1);
+    spans_.push_back({view.data, numel, view.dtype, weight_data, eta});
     total_ += spans_.back().numel;
     ends_.push_back(n_chunks() + reduce::n_chunks(spans_.back().numel));
+  }
+
+  static bool is_weight(PyObject* weight, const TensorView& of, const void** data) {
+    if (weight == Py_None) return true;
+    check_is_tensor(weight, "a weight");
+    TensorView view;
+    if (!is_fit(weight, &view)) return false;
+    *data = view.data;
+    return view.dtype == of.dtype && view.is_complex == of.is_complex && same_device(view, of) &&
+           same_layout(view, of);
   }
 
   void check(const Queue& queue) const {
@@ -203,11 +235,12 @@ class Spans {
 
   int64_t size() const { return static_cast<int64_t>(spans_.size()); }
 
-  static py::bytes bytes_of(const std::vector<int64_t>& numbers) {
-    return {reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(int64_t)};
+  template <class T>
+  static py::bytes bytes_of(const std::vector<T>& numbers) {
+    return {reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(T)};
   }
 
-  py::tuple tensors_;  // holds the memory
+  py::tuple tensors_, weights_;  // hold the memory
   std::vector<gpu::Span> spans_;
   std::vector<int64_t> ends_;  // chunks up to and with each tensor
   std::vector<int64_t> unfit_;
@@ -282,7 +315,11 @@ inline void row_sums(const py::object& a,
 
 inline void bind(py::module_& m) {
   py::class_<Spans>(m, "Spans")
-      .def(py::init<const py::list&, bool>(), py::arg("tensors"), py::arg("may_be_complex"))
+      .def(py::init<const py::list&, bool, const py::object&, const std::vector<double>&>(),
+           py::arg("tensors"),
+           py::arg("may_be_complex"),
+           py::arg("weights") = py::none(),
+           py::arg("etas") = std::vector<double>())
       .def_property_readonly("unfit", &Spans::unfit)
       .def_property_readonly("n_chunks", &Spans::n_chunks)
       .def_property_readonly("has_float64", &Spans::has_float64)

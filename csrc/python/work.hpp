@@ -47,6 +47,7 @@ inline bool prepare_row(const Rule& rule,
   }
   const cpu::KernelTable& kernels = cpu::active_kernels();
   row->param = param.data;
+  row->source = param.data;
   row->numel = param.numel * (param.is_complex ? 2 : 1);
   row->update = kernels.update[static_cast<int>(rule.id)][variant][static_cast<int>(set)];
   row->unscale = kernels.unscale[static_cast<int>(param.dtype)];
@@ -250,9 +251,10 @@ class Work {
 // What run_rows keeps of one row.
 struct GivenRow : StepRow {
   bool read(const py::tuple& fields, Work* work) {
-    TensorView param, grad, states[kMaxStates];
+    TensorView param, grad, source, states[kMaxStates];
     const int variant = work->variant(group);
     const py::tuple given = fields[2];
+    const py::object copy = fields[8];
     if (static_cast<int>(given.size()) != work->rule().n_states[variant]) return false;
     if (!dlpack::view(py::object(fields[0]).ptr(), &param) ||
         !dlpack::view(py::object(fields[1]).ptr(), &grad)) {
@@ -272,14 +274,21 @@ struct GivenRow : StepRow {
       return false;
     }
     table_row.grad = grad.data;
+    if (!copy.is_none()) {
+      if (!dlpack::view(copy.ptr(), &source) || source.dtype != param.dtype ||
+          !is_usable(source, param)) {
+        return false;
+      }
+      table_row.source = source.data;
+    }
     work->place(this, dtypes, param.cuda);
     return work->add(this);
   }
 };
 
 // One update of tensors given explicitly, all of one memory layout per row and no memory shared
-// between rows. rows: (param, grad, (states...), step or None, group, first, engine, live); the
-// rest as Plan::step.
+// between rows. rows: (param, grad, (states...), step or None, group, first, engine, live, source
+// or None); the rest as Plan::step.
 inline void run_rows(const std::string& rule_name,
                      const py::list& param_groups,
                      const std::vector<py::tuple>& rows,

@@ -30,6 +30,12 @@ PYOPTIM_HD double term(double x) {
   return x < 0 ? -x : x;
 }
 
+// What ASAM's norm is over: the gradient times the size of its weight.
+template <class T, class X>
+PYOPTIM_HD X weigh(X grad, X weight, T eta) {
+  return ((weight < 0 ? -weight : weight) + eta) * grad;
+}
+
 // The maximum keeps a NaN, whichever side it is on.
 template <Kind kKind>
 PYOPTIM_HD double combine(double a, double b) {

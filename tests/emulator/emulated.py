@@ -157,6 +157,7 @@ class GradFactors(Structure):
 class TableRow(Structure):
     _fields_ = (
         ("param", c_void_p),
+        ("source", c_void_p),
         ("grad", c_void_p),
         ("state", c_void_p * MAX_STATES),
         ("numel", c_int64),
@@ -205,7 +206,13 @@ class Prepare(Structure):
 
 
 class Span(Structure):
-    _fields_ = (("data", c_void_p), ("numel", c_int64), ("dtype", c_int32))
+    _fields_ = (
+        ("data", c_void_p),
+        ("numel", c_int64),
+        ("dtype", c_int32),
+        ("weight", c_void_p),
+        ("eta", c_double),
+    )
 
 
 class Partials(Structure):
@@ -281,12 +288,14 @@ class Api(Structure):
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor to be updated; `hyper` is an index into the blocks of hyper-parameters."""
+    """One tensor to be updated; `hyper` is an index into the blocks of hyper-parameters, `source`
+    a copy that is read in place of the parameter."""
 
     param: Tensor
     grad: Tensor
     states: tuple[Tensor, ...] = ()
     hyper: int = 0
+    source: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -367,8 +376,10 @@ class Emulator:
     @staticmethod
     def _table_row(row: Row) -> TableRow:
         states = (c_void_p * MAX_STATES)(*(state.data_ptr() for state in row.states))
+        source = row.param if row.source is None else row.source
         return TableRow(
-            *(row.param.data_ptr(), row.grad.data_ptr(), states, row.param.numel()),
+            *(row.param.data_ptr(), source.data_ptr()),
+            *(row.grad.data_ptr(), states, row.param.numel()),
             *(None, None, row.hyper),
         )
 

@@ -29,6 +29,7 @@ struct Model {
       float* const memory[] = {
           array(numel, 1.0f), array(numel, 0.1f), array(numel, 0.0f), array(numel, 0.0f)};
       row.param = memory[0];
+      row.source = memory[0];
       row.grad = memory[1];
       row.state[0] = memory[2];
       row.state[1] = memory[3];

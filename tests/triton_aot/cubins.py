@@ -22,7 +22,8 @@ from pyoptim.kernels import engine, launcher, reduce
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CPU = torch.device("cpu")
 ARCHS = (80, 90, 100, 120)
-UpdateJob = tuple[str, int, str, bool, bool]  # rule, variant, dtypes, is aligned, with live factors
+# Rule, variant, dtypes, is aligned, with live factors and parameters that are read from copies.
+UpdateJob = tuple[str, int, str, bool, bool]
 
 
 class PretendedDriver:
@@ -106,7 +107,7 @@ def update_jobs(arch: int) -> list[UpdateJob]:
     or with PYOPTIM_TRITON_AOT=all every one.
 
     The rest would take two thirds of the time and has never differed in more than registers. The
-    live factors add the same instructions to every rule: one of them stands for all.
+    live factors and copies add the same instructions to every rule: one of them stands for all.
     """
     is_sample = arch != 90 and os.environ.get("PYOPTIM_TRITON_AOT") != "all"
     sets = ["f32", "bf16_state32"] if is_sample else list(engine.DTYPES)
@@ -128,7 +129,7 @@ def job_name(job: UpdateJob) -> str:
 
 def compile_update(job: UpdateJob, arch: int) -> list[Code]:
     rule, variant, dtypes, is_aligned, is_live = job
-    n_arrays = 2 + engine.RULES[rule].N_STATES[variant]
+    n_arrays = 2 + engine.RULES[rule].N_STATES[variant] + is_live
     size = engine.DTYPES[dtypes].bytes_of(0)
     addresses = torch.full((n_arrays,), 4096 if is_aligned else 4096 + size).numpy().tobytes()
     float32, float64 = torch.ones(1), torch.ones(1, dtype=torch.float64)
@@ -138,7 +139,7 @@ def compile_update(job: UpdateJob, arch: int) -> list[Code]:
             *(rule, variant, dtypes, CPU, addresses, torch.tensor([100]).numpy().tobytes()),
             *(bytes(4), bytes(96), torch.zeros(96, dtype=torch.uint8) if is_live else None),
             *(1.0, float32 if is_live else None, 1.0, float64 if is_live else None),
-            *(float32 if is_live else None, {}),
+            *(float32 if is_live else None, {}, is_live),
         )
 
     return compile_calls(job_name(job), arch, call)
@@ -156,7 +157,7 @@ def compile_prepare(rule: str, arch: int) -> list[Code]:
 
 
 def compile_arrays(dtype: str, is_aligned: bool, arch: int) -> list[Code]:
-    """The kernels that read arrays given by addresses: partials of three kinds, and scale."""
+    """The kernels that read arrays given by addresses: partials of four kinds, and scale."""
     address = torch.tensor([4096 if is_aligned else 4098]).numpy().tobytes()
     numel, first = (torch.tensor([n]).numpy().tobytes() for n in (100, 0))
     out = torch.zeros(1, dtype=torch.float64)
@@ -164,6 +165,7 @@ def compile_arrays(dtype: str, is_aligned: bool, arch: int) -> list[Code]:
     def call() -> None:
         for kind in (0, 1, 2):
             reduce.partials(kind, CPU, address, numel, dtype, first, out)
+        reduce.partials(0, CPU, address, numel, dtype, first, out, address, first)
         reduce.scale(CPU, address, numel, dtype, 0.5, None)
 
     return compile_calls(f"{dtype} {'aligned' if is_aligned else 'unaligned'}", arch, call)
