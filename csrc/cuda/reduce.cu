@@ -1,12 +1,11 @@
 // Norms, clipping, scaling and sums of rows, in the one order of reduce/order.hpp.
+#include "cuda/lanes.hpp"
 #include "cuda/launchers.hpp"
 
 namespace pyoptim::gpu {
 namespace {
 
 using reduce::kChunk;
-using reduce::Kind;
-using reduce::kLanes;
 
 // Spans of one launch, by value.
 struct SpanTable {
@@ -38,40 +37,6 @@ struct Part {
 };
 
 // -- sums in order, on the device -----------------------------------------------------------------
-
-constexpr int kLanesPerThread = kLanes / kThreads;
-constexpr int kLanesPerWarp = kLanes / kWarp;  // of one thread, where a warp has them all
-
-// Combines N lanes of one thread in halves. A recursion: a loop over the halves would not be
-// unrolled, and the lanes would lie in memory.
-template <Kind kKind, int N>
-__device__ __forceinline__ double combine_lanes(double* lanes) {
-  if constexpr (N > 1) {
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) lanes[i] = reduce::combine<kKind>(lanes[i], lanes[i + N / 2]);
-    return combine_lanes<kKind, N / 2>(lanes);
-  }
-  return lanes[0];
-}
-
-// Thread 0 gets the result.
-template <Kind kKind>
-__device__ __forceinline__ double combine_warp(double lane) {
-#pragma unroll
-  for (int half = kWarp / 2; half > 0; half /= 2) {
-    lane = reduce::combine<kKind>(lane, __shfl_down_sync(0xffffffffu, lane, half));
-  }
-  return lane;
-}
-
-// All lanes in shared memory to one value, in thread 0 of the warp that calls.
-template <Kind kKind>
-__device__ __forceinline__ double combine_shared(const double* shared) {
-  double lanes[kLanesPerWarp];
-#pragma unroll
-  for (int i = 0; i < kLanesPerWarp; ++i) lanes[i] = shared[i * kWarp + threadIdx.x % kWarp];
-  return combine_warp<kKind>(combine_lanes<kKind, kLanesPerWarp>(lanes));
-}
 
 template <class E>
 using Four = Pack<E, kLanesPerThread>;
@@ -218,7 +183,6 @@ __global__ void __launch_bounds__(kThreads)
 
 // -- sums of rows ---------------------------------------------------------------------------------
 
-constexpr int kWarps = kThreads / kWarp;
 constexpr int kSums = 3;  // a.b, a.a, b.b
 
 template <class E, bool kIsContiguous>
