@@ -380,7 +380,10 @@ cudaError_t prepare_with(const Prepare& prepare, cudaStream_t stream) {
 #define PYOPTIM_NAME(action, Rule) PYOPTIM_JOIN(action##_, Rule)
 
 cudaError_t PYOPTIM_NAME(update, PYOPTIM_RULE)(const Update& update, cudaStream_t stream) {
-  return update_variant<PYOPTIM_RULE, 0>(update, stream);
+  if constexpr (kProjects<PYOPTIM_RULE<float>>)
+    return cudaErrorNotSupported;
+  else
+    return update_variant<PYOPTIM_RULE, 0>(update, stream);
 }
 
 cudaError_t PYOPTIM_NAME(prepare, PYOPTIM_RULE)(const Prepare& prepare, cudaStream_t stream) {
