@@ -22,6 +22,11 @@ inline DTypeSet dtype_set(DType param, DType state) {
   return DTypeSet::count;
 }
 
+inline DType param_dtype(DTypeSet set) {
+  if (set == DTypeSet::bf16_state32) return DType::bf16;
+  return set == DTypeSet::f16_state32 ? DType::f16 : static_cast<DType>(set);
+}
+
 // Hyper-parameters of a group at one step count, prepared by Rule::prepare for the type the
 // arithmetic runs in.
 struct alignas(16) HyperBlock {

@@ -1,4 +1,6 @@
 // Norms, clipping, scaling and sums of rows, in the one order of reduce/order.hpp.
+#include <vector>
+
 #include "cuda/lanes.hpp"
 #include "cuda/launchers.hpp"
 
@@ -165,10 +167,24 @@ __device__ __forceinline__ void scale_part(const Part& part, double factor) {
   scale_range<E, 1>(data, rest, part.end, factor);
 }
 
+// A number, on the device or not, or the inverse of a loss scale.
+struct Factor {
+  double value = 1.0;
+  const double* at = nullptr;         // device memory, [1], in place of value; or null
+  const float* inverse_of = nullptr;  // the same
+  const float* found_inf = nullptr;   // when it is not 0, nothing is written
+
+  __device__ __forceinline__ double get() const {
+    if (inverse_of) return 1.0 / static_cast<double>(*inverse_of);
+    return at ? *at : value;
+  }
+};
+
 __global__ void __launch_bounds__(kThreads)
-    scale_kernel(const SpanTable __grid_constant__ table, double factor, const double* factor_at) {
+    scale_kernel(const SpanTable __grid_constant__ table, const Factor factor) {
+  if (factor.found_inf && *factor.found_inf != 0) return;
   const Part part(table);
-  const double by = factor_at ? *factor_at : factor;
+  const double by = factor.get();
   switch (part.dtype) {
     case DType::f64:
       return scale_part<double>(part, by);
@@ -321,6 +337,15 @@ cudaError_t for_each_table(const Span* spans, int64_t n, int64_t chunk, LaunchTa
   return cudaSuccess;
 }
 
+cudaError_t scale_spans(const Span* spans, int64_t n, const Factor& factor, cudaStream_t stream) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < n; ++i) total += spans[i].numel;
+  return for_each_table(
+      spans, n, choose_chunk(total), [&](const SpanTable& table, int64_t n_blocks, int64_t) {
+        return launch(scale_kernel, n_blocks, stream, table, factor);
+      });
+}
+
 template <Kind kKind>
 cudaError_t launch_partials(const Partials& p, cudaStream_t stream) {
   return for_each_table(
@@ -391,15 +416,18 @@ cudaError_t norms(const Norms& n, cudaStream_t stream) {
 cudaError_t clip(const Clip& c, cudaStream_t stream) { return launch(clip_kernel, 1, stream, c); }
 
 cudaError_t scale(const Scale& s, cudaStream_t stream) {
-  int64_t total = 0;
-  for (int64_t i = 0; i < s.n_spans; ++i) total += s.spans[i].numel;
-  return for_each_table(s.spans,
-                        s.n_spans,
-                        choose_chunk(total),
-                        [&](const SpanTable& table, int64_t n_blocks, int64_t) {
-                          return launch(
-                              scale_kernel, n_blocks, stream, table, s.factor, s.factor_at);
-                        });
+  return scale_spans(s.spans, s.n_spans, {s.factor, s.factor_at}, stream);
+}
+
+cudaError_t unscale(const Update& update, cudaStream_t stream) {
+  std::vector<Span> grads;
+  for (int64_t r = 0; r < update.n_rows; ++r) {
+    const TableRow& row = *update.rows[r];
+    grads.push_back({row.grad, row.numel, param_dtype(update.dtypes)});
+  }
+  const GradFactors& f = update.factors;
+  const Factor inverse = {f.inv_scale, nullptr, f.grad_scale, f.found_inf};
+  return scale_spans(grads.data(), update.n_rows, inverse, stream);
 }
 
 cudaError_t row_sums(const RowSums& sums, cudaStream_t stream) {

@@ -72,6 +72,7 @@ template <class T>
 struct Repair {
   T pull, radial;
 
+  Repair() = default;
   template <class Hyper>
   PYOPTIM_HD Repair(const Hyper& h, const double* sums) {
     const double c = radial_part(h, sums), decay = static_cast<double>(h.decay);
