@@ -22,6 +22,11 @@ inline DTypeSet dtype_set(DType param, DType state) {
   return DTypeSet::count;
 }
 
+inline DType param_dtype(DTypeSet set) {
+  if (set == DTypeSet::bf16_state32) return DType::bf16;
+  return set == DTypeSet::f16_state32 ? DType::f16 : static_cast<DType>(set);
+}
+
 // Hyper-parameters of a group at one step count, prepared by Rule::prepare for the type the
 // arithmetic runs in.
 struct alignas(16) HyperBlock {
@@ -29,6 +34,7 @@ struct alignas(16) HyperBlock {
 };
 
 struct TableRow;
+struct ProjectKernels;  // of cpu/project.hpp
 // next: the row whose first elements are wanted soon, or null.
 using UpdateKernel = void (*)(
     const TableRow& row, const void* hyper, int64_t begin, int64_t end, const TableRow* next);
@@ -43,6 +49,10 @@ struct TableRow {
   int64_t numel;
   UpdateKernel update;
   UnscaleKernel unscale;
+  const ProjectKernels* project;  // null for the rules that do not project
+  // Element i of row r of dimension 0 lies at (i / inner * n_rows + r) * inner + i % inner.
+  int64_t n_rows;  // 0: never projected
+  int64_t inner;
   int32_t hyper;  // index of the HyperBlock
 };
 

@@ -193,7 +193,7 @@ int64_t count_wrong_roots(uint32_t first, uint32_t last) {
 
 template <template <class> class Rule, int V>
 void fill_variant(UpdateKernel* by_dtype_set) {
-  if constexpr (V < Rule<float>::kVariants) {
+  if constexpr (V < Rule<float>::kVariants && !kProjects<Rule<float>>) {
     UpdateKernel* const k = by_dtype_set;
     k[static_cast<int>(DTypeSet::f64)] = update_segment<Rule<double>, V, double, double>;
     k[static_cast<int>(DTypeSet::f32)] = update_segment<Rule<float>, V, float, float>;

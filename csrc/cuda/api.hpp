@@ -32,8 +32,9 @@ struct GradFactors {
   bool unscales() const { return grad_scale != nullptr || inv_scale != 1.0; }
 };
 
-// One update of rows that share a rule, a variant and a set of dtypes. No two rows share memory.
-// With found_inf nothing is written: a parameter with a source elsewhere stays as it is.
+// One update of rows that share a rule, a variant and a set of dtypes. No two rows share memory. Of
+// a rule that projects, n_rows and inner of a row are read too. With found_inf nothing is written:
+// a parameter with a source elsewhere stays as it is.
 struct Update {
   RuleId rule;
   int32_t variant;
@@ -43,6 +44,7 @@ struct Update {
   const HyperBlock* hypers;       // host memory, indexed by row->hyper
   const HyperBlock* live_hypers;  // device memory, [n_rows] in the order of rows; or null
   GradFactors factors;
+  void* workspace = nullptr;  // device memory, Api::workspace_bytes; its contents do not matter
 };
 
 // Where the hyper-parameters of one group are when a kernel has to read them.
@@ -130,6 +132,8 @@ struct Api {
   // Whether the memory is the CPU's: the kernels run in the emulator.
   bool is_emulated;
   const char* (*probe)(int32_t* n_devices);
+  // What an update needs; its workspace is not read. 0 for most rules.
+  int64_t (*workspace_bytes)(const Update&);
   const char* (*update)(const Queue&, const Update&);
   const char* (*prepare)(const Queue&, const Prepare&);
   const char* (*partials)(const Queue&, const Partials&);

@@ -21,10 +21,12 @@ struct RuleEntry {
   const char* name;
   Launcher update;
   Preparer prepare;
+  bool projects;
 };
 
 constexpr RuleEntry kRules[] = {
-#define PYOPTIM_ENTRY(Rule) {Rule<float>::kName, update_##Rule, prepare_##Rule},
+#define PYOPTIM_ENTRY(Rule) \
+  {Rule<float>::kName, update_##Rule, prepare_##Rule, kProjects<Rule<float>>},
     PYOPTIM_FOR_EACH_RULE(PYOPTIM_ENTRY)
 #undef PYOPTIM_ENTRY
 };
@@ -140,6 +142,11 @@ const char* probe(int32_t* n_devices) {
   return nullptr;
 }
 
+int64_t run_workspace_bytes(const Update& update) {
+  const bool projects = is_known(update.rule) && kRules[static_cast<int>(update.rule)].projects;
+  return projects ? workspace_bytes(update) : 0;
+}
+
 const char* run_update(const Queue& queue, const Update& update) {
   if (!is_known(update.rule)) return failure("update", nullptr, queue, "unknown rule");
   const RuleEntry& rule = kRules[static_cast<int>(update.rule)];
@@ -188,6 +195,7 @@ constexpr bool kIsEmulated = false;
 constexpr Api kApi = {kApiVersion,
                       kIsEmulated,
                       probe,
+                      run_workspace_bytes,
                       run_update,
                       run_prepare,
                       run_partials,

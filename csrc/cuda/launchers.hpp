@@ -28,6 +28,29 @@ inline int choose_rows(int capacity) {
   return static_cast<int>(asked > 0 ? std::min<int64_t>(asked, capacity) : capacity);
 }
 
+// Where the things that a launch's rows refer to are in its table.
+template <int kSlots>
+class Slots {
+ public:
+  void clear() { n_ = 0; }
+
+  // The slot of `index`, -1 when it would need one too many; `fill` is called for a fresh slot.
+  template <class Fill>
+  int find(int64_t index, Fill fill) {
+    for (int slot = n_ - 1; slot >= 0; --slot) {
+      if (indices_[slot] == index) return slot;
+    }
+    if (n_ == kSlots) return -1;
+    indices_[n_] = index;
+    fill(n_);
+    return n_++;
+  }
+
+ private:
+  int n_ = 0;
+  int64_t indices_[kSlots];
+};
+
 // More blocks than this are too many for one launch.
 constexpr int64_t kMaxBlocks = 0x7fffffff;
 
@@ -42,5 +65,10 @@ cudaError_t norms(const Norms&, cudaStream_t);
 cudaError_t clip(const Clip&, cudaStream_t);
 cudaError_t scale(const Scale&, cudaStream_t);
 cudaError_t row_sums(const RowSums&, cudaStream_t);
+// Unscales the gradients of an update by its factors; they are written.
+cudaError_t unscale(const Update&, cudaStream_t);
+
+// Of Update::workspace, for the rules that project.
+int64_t workspace_bytes(const Update&);
 
 }  // namespace pyoptim::gpu

@@ -1,12 +1,13 @@
 // Norms, clipping, scaling and sums of rows, in the one order of reduce/order.hpp.
+#include <vector>
+
+#include "cuda/lanes.hpp"
 #include "cuda/launchers.hpp"
 
 namespace pyoptim::gpu {
 namespace {
 
 using reduce::kChunk;
-using reduce::Kind;
-using reduce::kLanes;
 
 constexpr int kSpanBytes = sizeof(void*) + sizeof(int64_t) + 2 * sizeof(int32_t);
 
@@ -62,40 +63,6 @@ struct Part {
 };
 
 // -- sums in order, on the device -----------------------------------------------------------------
-
-constexpr int kLanesPerThread = kLanes / kThreads;
-constexpr int kLanesPerWarp = kLanes / kWarp;  // of one thread, where a warp has them all
-
-// Combines N lanes of one thread in halves. A recursion: a loop over the halves would not be
-// unrolled, and the lanes would lie in memory.
-template <Kind kKind, int N>
-__device__ __forceinline__ double combine_lanes(double* lanes) {
-  if constexpr (N > 1) {
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) lanes[i] = reduce::combine<kKind>(lanes[i], lanes[i + N / 2]);
-    return combine_lanes<kKind, N / 2>(lanes);
-  }
-  return lanes[0];
-}
-
-// Thread 0 gets the result.
-template <Kind kKind>
-__device__ __forceinline__ double combine_warp(double lane) {
-#pragma unroll
-  for (int half = kWarp / 2; half > 0; half /= 2) {
-    lane = reduce::combine<kKind>(lane, __shfl_down_sync(0xffffffffu, lane, half));
-  }
-  return lane;
-}
-
-// All lanes in shared memory to one value, in thread 0 of the warp that calls.
-template <Kind kKind>
-__device__ __forceinline__ double combine_shared(const double* shared) {
-  double lanes[kLanesPerWarp];
-#pragma unroll
-  for (int i = 0; i < kLanesPerWarp; ++i) lanes[i] = shared[i * kWarp + threadIdx.x % kWarp];
-  return combine_warp<kKind>(combine_lanes<kKind, kLanesPerWarp>(lanes));
-}
 
 template <class E>
 using Four = Pack<E, kLanesPerThread>;
@@ -291,10 +258,24 @@ __device__ __forceinline__ void scale_part(const Part& part, double factor) {
   scale_range<E, 1>(data, rest, part.end, factor);
 }
 
+// A number, on the device or not, or the inverse of a loss scale.
+struct Factor {
+  double value = 1.0;
+  const double* at = nullptr;         // device memory, [1], in place of value; or null
+  const float* inverse_of = nullptr;  // the same
+  const float* found_inf = nullptr;   // when it is not 0, nothing is written
+
+  __device__ __forceinline__ double get() const {
+    if (inverse_of) return 1.0 / static_cast<double>(*inverse_of);
+    return at ? *at : value;
+  }
+};
+
 __global__ void __launch_bounds__(kThreads)
-    scale_kernel(const SpanTable __grid_constant__ table, double factor, const double* factor_at) {
+    scale_kernel(const SpanTable __grid_constant__ table, const Factor factor) {
+  if (factor.found_inf && *factor.found_inf != 0) return;
   const Part part(table);
-  const double by = factor_at ? *factor_at : factor;
+  const double by = factor.get();
   switch (part.dtype) {
     case DType::f64:
       return scale_part<double>(part, by);
@@ -309,7 +290,6 @@ __global__ void __launch_bounds__(kThreads)
 
 // -- sums of rows ---------------------------------------------------------------------------------
 
-constexpr int kWarps = kThreads / kWarp;
 constexpr int kSums = 3;  // a.b, a.a, b.b
 
 template <class E, bool kIsContiguous>
@@ -446,6 +426,15 @@ cudaError_t for_each_table(const Span* spans, int64_t n, int64_t chunk, LaunchTa
   return cudaSuccess;
 }
 
+cudaError_t scale_spans(const Span* spans, int64_t n, const Factor& factor, cudaStream_t stream) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < n; ++i) total += spans[i].numel;
+  return for_each_table<SpanTable>(
+      spans, n, choose_chunk(total), [&](const SpanTable& table, int64_t n_blocks, int64_t) {
+        return launch(scale_kernel, n_blocks, stream, table, factor);
+      });
+}
+
 template <Kind kKind>
 cudaError_t launch_partials(const Partials& p, cudaStream_t stream) {
   return for_each_table<SpanTable>(
@@ -528,15 +517,18 @@ cudaError_t norms(const Norms& n, cudaStream_t stream) {
 cudaError_t clip(const Clip& c, cudaStream_t stream) { return launch(clip_kernel, 1, stream, c); }
 
 cudaError_t scale(const Scale& s, cudaStream_t stream) {
-  int64_t total = 0;
-  for (int64_t i = 0; i < s.n_spans; ++i) total += s.spans[i].numel;
-  return for_each_table<SpanTable>(
-      s.spans,
-      s.n_spans,
-      choose_chunk(total),
-      [&](const SpanTable& table, int64_t n_blocks, int64_t) {
-        return launch(scale_kernel, n_blocks, stream, table, s.factor, s.factor_at);
-      });
+  return scale_spans(s.spans, s.n_spans, {s.factor, s.factor_at}, stream);
+}
+
+cudaError_t unscale(const Update& update, cudaStream_t stream) {
+  std::vector<Span> grads;
+  for (int64_t r = 0; r < update.n_rows; ++r) {
+    const TableRow& row = *update.rows[r];
+    grads.push_back({row.grad, row.numel, param_dtype(update.dtypes)});
+  }
+  const GradFactors& f = update.factors;
+  const Factor inverse = {f.inv_scale, nullptr, f.grad_scale, f.found_inf};
+  return scale_spans(grads.data(), update.n_rows, inverse, stream);
 }
 
 cudaError_t row_sums(const RowSums& sums, cudaStream_t stream) {

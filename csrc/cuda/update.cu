@@ -1,5 +1,5 @@
 // The kernels of one rule, PYOPTIM_RULE: every variant and set of dtypes over a table of tensors.
-#include "cuda/launchers.hpp"
+#include "cuda/project.hpp"
 
 namespace pyoptim::gpu {
 namespace {
@@ -184,29 +184,6 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<S, Rule::kStates[V]>)
 }
 
 // -- host -----------------------------------------------------------------------------------------
-
-// Where the things that a launch's rows refer to are in its table.
-template <int kSlots>
-class Slots {
- public:
-  void clear() { n_ = 0; }
-
-  // The slot of `index`, -1 when it would need one too many; `fill` is called for a fresh slot.
-  template <class Fill>
-  int find(int64_t index, Fill fill) {
-    for (int slot = n_ - 1; slot >= 0; --slot) {
-      if (indices_[slot] == index) return slot;
-    }
-    if (n_ == kSlots) return -1;
-    indices_[n_] = index;
-    fill(n_);
-    return n_++;
-  }
-
- private:
-  int n_ = 0;
-  int64_t indices_[kSlots];
-};
 
 // Fills tables row by row and launches the kernel whenever one is full.
 template <int kArrays>
@@ -394,7 +371,11 @@ cudaError_t prepare_with(const Prepare& prepare, cudaStream_t stream) {
 #define PYOPTIM_NAME(action, Rule) PYOPTIM_JOIN(action##_, Rule)
 
 cudaError_t PYOPTIM_NAME(update, PYOPTIM_RULE)(const Update& update, cudaStream_t stream) {
-  return update_variant<PYOPTIM_RULE, 0>(update, stream);
+  if constexpr (kProjects<PYOPTIM_RULE<float>>) {
+    return project<PYOPTIM_RULE>(update, stream);
+  } else {
+    return update_variant<PYOPTIM_RULE, 0>(update, stream);
+  }
 }
 
 cudaError_t PYOPTIM_NAME(prepare, PYOPTIM_RULE)(const Prepare& prepare, cudaStream_t stream) {

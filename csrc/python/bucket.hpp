@@ -113,7 +113,7 @@ class Bucket {
     const py::object blocks =
         is_live ? memory.attr("workspace")(slot, rows_.size() * kHyperBytes, device) : py::none();
     if (backend == Backend::cuda) {
-      launch_cuda(rule, hypers, live, factors, on, blocks, memory);
+      launch_cuda(rule, hypers, live, factors, on, blocks, memory, slot);
     } else {
       launch_triton(rule, hypers, live, factors, on, blocks, memory, slot);
     }
@@ -126,7 +126,8 @@ class Bucket {
                    const StepFactors& factors,
                    const StepFactors::OnDevice& on,
                    const py::object& blocks,
-                   const py::object& memory) const {
+                   const py::object& memory,
+                   int slot) const {
     const gpu::Queue queue = {device < 0 ? 0 : device,
                               py::cast<uint64_t>(memory.attr("stream")(device))};
     const int64_t n_rows = static_cast<int64_t>(rows_.size());
@@ -149,6 +150,10 @@ class Bucket {
     update.factors.grad_scale = data_of<float>(on.grad_scale);
     update.factors.clip_at = data_of<double>(on.clip);
     update.factors.found_inf = found_inf;
+    const int64_t n_bytes = gpu::api().workspace_bytes(update);
+    const py::object workspace =
+        n_bytes > 0 ? memory.attr("workspace")(-1 - slot, n_bytes, device) : py::none();
+    update.workspace = const_cast<char*>(data_of<char>(workspace));
     gpu::check(gpu::api().update(queue, update));
   }
 

@@ -23,6 +23,7 @@ struct Rule {
   const char* const* hyper_names;
   int n_hypers;
   bool counts_steps;
+  bool projects;  // rows of dimension 0
   int n_variants;
   const int* n_states;
   const char* const (*state_names)[kMaxStates];
@@ -50,6 +51,7 @@ Rule make_rule(RuleId id) {
           F::kHyperNames,
           F::kHypers,
           F::kCountsSteps,
+          kProjects<F>,
           F::kVariants,
           F::kStates,
           F::kStateNames,

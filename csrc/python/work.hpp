@@ -29,6 +29,14 @@ inline bool is_reachable(Backend backend, const TensorView& t) {
   return backend == Backend::cpu ? t.is_cpu : t.is_cpu || t.cuda >= 0;
 }
 
+// How the rows of dimension 0 lie in the memory of a dense tensor, complex numbers as pairs.
+inline void describe_rows(const TensorView& t, TableRow* row) {
+  if (t.ndim < 2) return;
+  const int64_t width = t.is_complex ? 2 : 1;
+  row->n_rows = t.sizes[0];
+  row->inner = width * (t.sizes[0] > 1 ? t.strides[0] : t.numel);
+}
+
 // All of a row but its gradient and hyper-parameters. False when the tensors have no kernel
 // together.
 inline bool prepare_row(const Rule& rule,
@@ -50,6 +58,7 @@ inline bool prepare_row(const Rule& rule,
   row->source = param.data;
   row->numel = param.numel * (param.is_complex ? 2 : 1);
   row->update = kernels.update[static_cast<int>(rule.id)][variant][static_cast<int>(set)];
+  if (rule.projects) describe_rows(param, row);
   row->unscale = kernels.unscale[static_cast<int>(param.dtype)];
   return true;
 }

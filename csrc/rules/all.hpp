@@ -3,10 +3,13 @@
 
 #include "rules/adagrad.hpp"
 #include "rules/adam.hpp"
+#include "rules/adamp.hpp"
 #include "rules/ascent.hpp"
 #include "rules/expectigrad.hpp"
+#include "rules/projection.hpp"
 #include "rules/rmsprop.hpp"
 #include "rules/sgd.hpp"
+#include "rules/sgdp.hpp"
 
 #define PYOPTIM_FOR_EACH_RULE(X) \
   X(Sgd)                         \
@@ -14,7 +17,9 @@
   X(RmsProp)                     \
   X(Adagrad)                     \
   X(Expectigrad)                 \
-  X(Ascent)
+  X(Ascent)                      \
+  X(AdamP)                       \
+  X(SgdP)
 
 namespace pyoptim {
 

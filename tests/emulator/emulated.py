@@ -44,7 +44,9 @@ FLAGS = (
 
 def units() -> dict[str, tuple[str, ...]]:
     """Object name -> source and its own flags."""
-    found: dict[str, tuple[str, ...]] = {n: (f"cuda/{n}.cu",) for n in ("engine", "reduce")}
+    found: dict[str, tuple[str, ...]] = {
+        n: (f"cuda/{n}.cu",) for n in ("engine", "project", "reduce")
+    }
     found["emulator"] = ("emulator/emulator.cpp",)
     for rule in RULES:
         found[f"update_{rule}"] = ("cuda/update.cu", f"-DPYOPTIM_RULE={rule}")
@@ -136,6 +138,7 @@ def _run(arguments: Sequence[str], to: Path) -> None:
 MAX_STATES = 3
 MAX_HYPERS = 12
 HYPER_BYTES = 96
+GUARD_BYTES = 64
 KINDS = {2.0: 0, 1.0: 1, float("inf"): 2}
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -163,6 +166,9 @@ class TableRow(Structure):
         ("numel", c_int64),
         ("update", c_void_p),
         ("unscale", c_void_p),
+        ("project", c_void_p),
+        ("n_rows", c_int64),
+        ("inner", c_int64),
         ("hyper", c_int32),
     )
 
@@ -177,6 +183,7 @@ class Update(Structure):
         ("hypers", c_void_p),
         ("live_hypers", c_void_p),
         ("factors", GradFactors),
+        ("workspace", c_void_p),
     )
 
 
@@ -274,6 +281,7 @@ class Api(Structure):
         ("version", c_int32),
         ("is_emulated", c_bool),
         ("probe", ctypes.CFUNCTYPE(c_char_p, POINTER(c_int32))),
+        ("workspace_bytes", ctypes.CFUNCTYPE(c_int64, POINTER(Update))),
         ("update", _function(Update)),
         ("prepare", _function(Prepare)),
         ("partials", _function(Partials)),
@@ -296,6 +304,8 @@ class Row:
     states: tuple[Tensor, ...] = ()
     hyper: int = 0
     source: Tensor | None = None
+    n_rows: int = 0
+    inner: int = 0
 
 
 @dataclass(frozen=True)
@@ -369,8 +379,13 @@ class Emulator:
                 *(_address(f.clip_at), _address(f.found_inf)),
             ),
         )
+        # What is left of an earlier step must not matter.
+        n_bytes = self.api.workspace_bytes(ctypes.byref(work))
+        workspace = torch.full((n_bytes + GUARD_BYTES,), 0xAA, dtype=torch.uint8)
+        work.workspace = workspace.data_ptr() if n_bytes else None
         before = self.api.launches()
         self.call("update", work, device, stream)
+        assert (workspace[n_bytes:] == 0xAA).all(), "memory beside the workspace was written"
         return int(self.api.launches() - before)
 
     @staticmethod
@@ -380,7 +395,7 @@ class Emulator:
         return TableRow(
             *(row.param.data_ptr(), source.data_ptr()),
             *(row.grad.data_ptr(), states, row.param.numel()),
-            *(None, None, row.hyper),
+            *(None, None, None, row.n_rows, row.inner, row.hyper),
         )
 
     def prepare(
