@@ -292,6 +292,7 @@ def update(
     clip_at: Tensor | None,
     found_inf: Tensor | None,
     cache: dict[Any, Any],
+    rows: bytes = b"",
 ) -> None:
     """Updates rows that share a rule, a variant and a set of dtypes, on torch's current stream.
 
@@ -305,7 +306,16 @@ def update(
         inv_scale, grad_scale, clip, clip_at, found_inf: as struct GradFactors in csrc/cuda/api.hpp.
         cache: of the caller, for these rows; keeps the tables on the device, for as long as graphs
             captured from calls with it may be replayed.
+        rows: int64 [2][n], TableRow::n_rows and inner, of a rule that projects.
     """
+    if hasattr(RULES[rule], "projection"):
+        from pyoptim.kernels import project
+
+        project.update(
+            *(rule, variant, dtypes, device, addresses, numels, rows, hyper_index, hypers),
+            *(live_hypers, inv_scale, grad_scale, clip, clip_at, found_inf, cache),
+        )
+        return
     of_rule, types = RULES[rule], DTYPES[dtypes]
     table = np.frombuffer(addresses, np.int64).reshape(2 + of_rule.N_STATES[variant], -1)
     with launcher.on(device):

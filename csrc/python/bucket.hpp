@@ -184,7 +184,8 @@ class Bucket {
                           1.0,
                           on.clip,
                           on.found_inf,
-                          cache);
+                          cache,
+                          as_bytes(list_dimensions()));
   }
 
   void prepare_triton(const py::object& engine,
@@ -239,6 +240,14 @@ class Bucket {
       numels->push_back(row.numel);
       indices->push_back(row.hyper);
     }
+  }
+
+  // n_rows and inner of all rows.
+  std::vector<int64_t> list_dimensions() const {
+    std::vector<int64_t> found;
+    for (const TableRow* row : rows_) found.push_back(row->n_rows);
+    for (const TableRow* row : rows_) found.push_back(row->inner);
+    return found;
   }
 
   std::vector<const TableRow*> rows_;
