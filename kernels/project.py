@@ -823,8 +823,8 @@ def _write(
         u = u - radial * decayed
     tl.store(arrays[0] + offsets, narrow(p, PARAM), mask=mask)
     if PROJECTS_BUFFER:
-        if is_layer:
-            tl.store(arrays[2] + offsets, narrow(u, STATE), mask=mask)
+        is_written = is_layer if mask is None else is_layer & mask
+        tl.store(arrays[2] + offsets, narrow(u, STATE), mask=is_written)
 
 
 @triton.jit(
