@@ -3,6 +3,7 @@
 from pyoptim._version import __version__
 from pyoptim.adagrad import Adagrad
 from pyoptim.adam import Adam, AdamW
+from pyoptim.adamp import AdamP
 from pyoptim.amp import GradScaler
 from pyoptim.backend import BackendError, use_backend
 from pyoptim.expectigrad import Expectigrad
@@ -10,12 +11,15 @@ from pyoptim.norms import clip_grad_norm_, row_sums, tensor_norms, total_norm
 from pyoptim.rmsprop import RMSprop
 from pyoptim.sam import SAM, frozen_batch_norm
 from pyoptim.sgd import SGD
+from pyoptim.sgdp import SGDP
 
 __all__ = [
     "SAM",
     "SGD",
+    "SGDP",
     "Adagrad",
     "Adam",
+    "AdamP",
     "AdamW",
     "BackendError",
     "Expectigrad",

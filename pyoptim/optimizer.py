@@ -100,6 +100,9 @@ class FusedOptimizer(Optimizer):
     def _check_sparse(self, row: Row, group: Mapping[str, Any]) -> None:
         raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
 
+    def _check_row(self, row: Row, group: Mapping[str, Any]) -> None:
+        """Raises if the optimizer cannot step a row with a dense gradient."""
+
     def _sparse_step(self, row: Row, group: Mapping[str, Any]) -> None:
         raise NotImplementedError
 

@@ -113,6 +113,7 @@ def _checked_row(
     if row.grad.layout != torch.strided:
         optimizer._check_sparse(row, group)
         return row
+    optimizer._check_row(row, group)
     choice = optimizer.backend or backend.chosen()
     is_recorded = bool(group.get("differentiable"))
     row.backend = "reference" if is_recorded else backend.select(choice, row.param)

@@ -191,7 +191,45 @@ EXPECTIGRAD = Row(
     },
     kernels=("plain", "no_momentum", "dense_counter", "dense_counter_no_momentum"),
 )
-ROWS = (SGD, ADAM, ADAMW, RMSPROP, ADAGRAD, EXPECTIGRAD)
+ADAMP = Row(
+    pyoptim.AdamP,
+    None,
+    has_fused=False,
+    options={
+        "plain": {"lr": 0.05},
+        "weight_decay": {"lr": 0.05, "weight_decay": 0.2},
+        "always": {"lr": 0.05, "weight_decay": 0.2, "delta": 1e6},
+        "large_decay": {"lr": 0.5, "weight_decay": 1.2, "wd_ratio": 0.3},
+        "nesterov_maximize": {
+            "lr": 0.05,
+            "betas": (0.8, 0.95),
+            "eps": 1e-3,
+            "weight_decay": 0.2,
+            "delta": 0.2,
+            "wd_ratio": 0.5,
+            "nesterov": True,
+            "maximize": True,
+        },
+    },
+    kernels=("weight_decay", "nesterov_maximize"),
+)
+SGDP = Row(
+    pyoptim.SGDP,
+    None,
+    has_fused=False,
+    options={
+        "plain": {"lr": 0.1},
+        "momentum": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.02},
+        "always": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.02, "delta": 1e6},
+        "large_decay": {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.12, "wd_ratio": 0.3},
+        "dampening": {"lr": 0.1, "momentum": 0.8, "dampening": 0.3, "maximize": True},
+        "nesterov": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.02},
+        "own_buffer": {"lr": 0.1, "momentum": 0.9, "project_buffer": False},
+    },
+    kernels=("momentum", "nesterov", "own_buffer"),
+)
+PROJECTING = (ADAMP, SGDP)
+ROWS = (SGD, ADAM, ADAMW, RMSPROP, ADAGRAD, EXPECTIGRAD, *PROJECTING)
 
 CASES = [Case(row, name) for row in ROWS for name in row.options]
 KERNEL_CASES = [Case(row, name) for row in ROWS for name in row.kernels]

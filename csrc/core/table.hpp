@@ -41,10 +41,14 @@ using UpdateKernel = void (*)(
 using UnscaleKernel = void (*)(void* grad, double inv_scale, int64_t begin, int64_t end);
 using PrepareHyper = void (*)(const double* raw, double step, bool first, void* hyper);
 
-struct TableRow {
+// Addresses of the first of some elements.
+struct Elements {
   void* param;              // [numel], updated in place
   void* grad;               // [numel], read; written only when unscaled
   void* state[kMaxStates];  // [numel] each, updated in place
+};
+
+struct TableRow : Elements {
   int64_t numel;
   UpdateKernel update;
   UnscaleKernel unscale;

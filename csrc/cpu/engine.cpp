@@ -210,6 +210,7 @@ void run_tasks(int64_t n_tasks, bool serial, Task task, void* context) {
 void update_rows(const std::vector<const TableRow*>& rows,
                  const std::vector<HyperBlock>& hypers,
                  double inv_scale) {
+  if (!rows.empty() && rows[0]->project) return project_rows(rows, hypers, inv_scale);
   int64_t total = 0;
   for (const TableRow* row : rows) total += row->numel;
   const Step step{rows, hypers, inv_scale, {}};

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/table.hpp"
+#include "cpu/project.hpp"
 #include "rules/all.hpp"
 
 namespace pyoptim::cpu {
@@ -21,6 +22,8 @@ struct KernelTable {
   const char* isa;
   UpdateKernel update[static_cast<int>(RuleId::count)][kMaxVariants]
                      [static_cast<int>(DTypeSet::count)];
+  ProjectKernels project[static_cast<int>(RuleId::count)][kMaxVariants]
+                        [static_cast<int>(DTypeSet::count)];
   UnscaleKernel unscale[4];  // by DType of the gradient
   void (*stream)(int itemsize,
                  void* const* read_only,

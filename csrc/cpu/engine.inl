@@ -1,6 +1,8 @@
 // Loops over one contiguous segment; included once per instruction set, which the file that
 // includes this names.
+#include "cpu/arrays.hpp"
 #include "cpu/engine.hpp"
+#include "cpu/project.inl"
 #include "cpu/reduce.inl"
 #include "cpu/simd.hpp"
 
@@ -23,30 +25,6 @@ PYOPTIM_HD void update_one(
   if constexpr (kStates > 1) store(s1[i], b);
   if constexpr (kStates > 2) store(s2[i], c);
 }
-
-// The arrays of a row, for reading and writing or as addresses to prefetch.
-template <class P, class S>
-struct Arrays {
-  P* param;
-  const P* grad;
-  S *s0, *s1, *s2;
-
-  explicit Arrays(const TableRow& row)
-      : param(static_cast<P*>(row.param)),
-        grad(static_cast<const P*>(row.grad)),
-        s0(static_cast<S*>(row.state[0])),
-        s1(static_cast<S*>(row.state[1])),
-        s2(static_cast<S*>(row.state[2])) {}
-
-  template <int kStates>
-  PYOPTIM_HD void prefetch(int64_t i) const {
-    __builtin_prefetch(param + i);
-    __builtin_prefetch(grad + i);
-    if constexpr (kStates > 0) __builtin_prefetch(s0 + i);
-    if constexpr (kStates > 1) __builtin_prefetch(s1 + i);
-    if constexpr (kStates > 2) __builtin_prefetch(s2 + i);
-  }
-};
 
 // One vector of elements.
 template <class Rule, int V, class P, class S>
@@ -180,16 +158,27 @@ int64_t count_wrong_roots(uint32_t first, uint32_t last) {
   return wrong;
 }
 
-template <template <class> class Rule, int V>
-void fill_variant(UpdateKernel* by_dtype_set) {
-  if constexpr (V < Rule<float>::kVariants && !kProjects<Rule<float>>) {
-    UpdateKernel* const k = by_dtype_set;
-    k[static_cast<int>(DTypeSet::f64)] = update_segment<Rule<double>, V, double, double>;
-    k[static_cast<int>(DTypeSet::f32)] = update_segment<Rule<float>, V, float, float>;
-    k[static_cast<int>(DTypeSet::bf16)] = update_segment<Rule<float>, V, Bf16, Bf16>;
-    k[static_cast<int>(DTypeSet::f16)] = update_segment<Rule<float>, V, F16, F16>;
-    k[static_cast<int>(DTypeSet::bf16_state32)] = update_segment<Rule<float>, V, Bf16, float>;
-    k[static_cast<int>(DTypeSet::f16_state32)] = update_segment<Rule<float>, V, F16, float>;
+template <template <class> class R, int V, class P, class S>
+void fill_kernels(RuleId rule, DTypeSet dtypes, KernelTable* table) {
+  using Rule = R<typename Compute<P>::type>;
+  const int r = static_cast<int>(rule), d = static_cast<int>(dtypes);
+  if constexpr (kProjects<Rule>) {
+    table->update[r][V][d] = Projected<Rule, V, P, S>::update;
+    table->project[r][V][d] = Projected<Rule, V, P, S>::kernels();
+  } else {
+    table->update[r][V][d] = update_segment<Rule, V, P, S>;
+  }
+}
+
+template <template <class> class R, int V>
+void fill_variant(RuleId rule, KernelTable* table) {
+  if constexpr (V < R<float>::kVariants) {
+    fill_kernels<R, V, double, double>(rule, DTypeSet::f64, table);
+    fill_kernels<R, V, float, float>(rule, DTypeSet::f32, table);
+    fill_kernels<R, V, Bf16, Bf16>(rule, DTypeSet::bf16, table);
+    fill_kernels<R, V, F16, F16>(rule, DTypeSet::f16, table);
+    fill_kernels<R, V, Bf16, float>(rule, DTypeSet::bf16_state32, table);
+    fill_kernels<R, V, F16, float>(rule, DTypeSet::f16_state32, table);
   }
 }
 
@@ -198,10 +187,10 @@ KernelTable make_table(const char* isa) {
   table.isa = isa;
 #define PYOPTIM_FILL(Rule)                                                    \
   static_assert(Rule<float>::kVariants <= kMaxVariants, "too many variants"); \
-  fill_variant<Rule, 0>(table.update[static_cast<int>(RuleId::Rule)][0]);     \
-  fill_variant<Rule, 1>(table.update[static_cast<int>(RuleId::Rule)][1]);     \
-  fill_variant<Rule, 2>(table.update[static_cast<int>(RuleId::Rule)][2]);     \
-  fill_variant<Rule, 3>(table.update[static_cast<int>(RuleId::Rule)][3]);
+  fill_variant<Rule, 0>(RuleId::Rule, &table);                                \
+  fill_variant<Rule, 1>(RuleId::Rule, &table);                                \
+  fill_variant<Rule, 2>(RuleId::Rule, &table);                                \
+  fill_variant<Rule, 3>(RuleId::Rule, &table);
   PYOPTIM_FOR_EACH_RULE(PYOPTIM_FILL)
 #undef PYOPTIM_FILL
   table.unscale[static_cast<int>(DType::f64)] = unscale_segment<double>;

@@ -1,4 +1,6 @@
 // Folds one chunk to one number in the canonical order; included once per instruction set.
+#pragma once
+
 #include "cpu/engine.hpp"
 #include "cpu/simd.hpp"
 #include "reduce/order.hpp"
@@ -52,15 +54,15 @@ PYOPTIM_HD Pair load_pair(const E* from) {
   return widen_floats(load_vector(from));
 }
 
-// sum + x*x. A product of float32 numbers is exact in float64, so that fusing changes no bit.
+// sum + x*y. A product of float32 numbers is exact in float64, so that fusing changes no bit.
 template <class E>
-PYOPTIM_HD DoubleV add_square(DoubleV sum, DoubleV x) {
+PYOPTIM_HD DoubleV add_product(DoubleV sum, DoubleV x, DoubleV y) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(E) < sizeof(double)) {
-    return (DoubleV)_mm512_fmadd_pd((__m512d)x, (__m512d)x, (__m512d)sum);
+    return (DoubleV)_mm512_fmadd_pd((__m512d)x, (__m512d)y, (__m512d)sum);
   }
 #endif
-  return sum + x * x;
+  return sum + x * y;
 }
 
 template <Fold kFold, class X>
@@ -88,7 +90,7 @@ struct Terms {
   PYOPTIM_HD void add(int64_t i, Pair* sum) const {
     Pair x = load_pair(a + i);
     if constexpr (kFold == Fold::squares) {
-      *sum = {add_square<E>(sum->low, x.low), add_square<E>(sum->high, x.high)};
+      *sum = {add_product<E>(sum->low, x.low, x.low), add_product<E>(sum->high, x.high, x.high)};
       return;
     }
     if constexpr (kFold == Fold::products) {

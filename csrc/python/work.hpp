@@ -57,7 +57,10 @@ inline bool prepare_row(const Rule& rule,
   row->param = param.data;
   row->numel = param.numel * (param.is_complex ? 2 : 1);
   row->update = kernels.update[static_cast<int>(rule.id)][variant][static_cast<int>(set)];
-  if (rule.projects) describe_rows(param, row);
+  if (rule.projects) {
+    row->project = &kernels.project[static_cast<int>(rule.id)][variant][static_cast<int>(set)];
+    describe_rows(param, row);
+  }
   row->unscale = kernels.unscale[static_cast<int>(param.dtype)];
   return true;
 }
