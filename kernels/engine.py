@@ -301,6 +301,7 @@ def update(
     found_inf: Tensor | None,
     cache: dict[Any, Any],
     has_sources: bool = False,
+    rows: bytes = b"",
 ) -> None:
     """Updates rows that share a rule, a variant and a set of dtypes, on torch's current stream.
 
@@ -315,7 +316,16 @@ def update(
         inv_scale, grad_scale, clip, clip_at, found_inf: as struct GradFactors in csrc/cuda/api.hpp.
         cache: of the caller, for these rows; keeps the tables on the device, for as long as graphs
             captured from calls with it may be replayed.
+        rows: int64 [2][n], TableRow::n_rows and inner, of a rule that projects.
     """
+    if hasattr(RULES[rule], "projection"):
+        from pyoptim.kernels import project
+
+        project.update(
+            *(rule, variant, dtypes, device, addresses, numels, rows, hyper_index, hypers),
+            *(live_hypers, inv_scale, grad_scale, clip, clip_at, found_inf, cache),
+        )
+        return
     of_rule, types = RULES[rule], DTYPES[dtypes]
     n_arrays = 2 + of_rule.N_STATES[variant] + has_sources
     table = np.frombuffer(addresses, np.int64).reshape(n_arrays, -1)

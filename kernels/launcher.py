@@ -23,8 +23,12 @@ _without_cache: dict[Any, Any] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Launches on torch's current stream. The one place, so that a test can compile instead."""
-    kernel[grid](*args, **constants, **OPTIONS)
+    """Launches on torch's current stream. The one place, so that a test can compile instead.
+
+    Args:
+        constants: of the kernel, and options of the compiler in place of OPTIONS.
+    """
+    kernel[grid](*args, **{**OPTIONS, **constants})
 
 
 @contextmanager

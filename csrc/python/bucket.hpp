@@ -187,7 +187,8 @@ class Bucket {
                           on.clip,
                           on.found_inf,
                           cache,
-                          has_sources);
+                          has_sources,
+                          as_bytes(list_dimensions()));
   }
 
   bool reads_sources() const {
@@ -249,6 +250,14 @@ class Bucket {
       numels->push_back(row.numel);
       indices->push_back(row.hyper);
     }
+  }
+
+  // n_rows and inner of all rows.
+  std::vector<int64_t> list_dimensions() const {
+    std::vector<int64_t> found;
+    for (const TableRow* row : rows_) found.push_back(row->n_rows);
+    for (const TableRow* row : rows_) found.push_back(row->inner);
+    return found;
   }
 
   std::vector<const TableRow*> rows_;

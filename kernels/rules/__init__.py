@@ -7,10 +7,17 @@ A rule is a module with
     N_HYPERS, N_FIELDS              lengths of `raw` and of what prepare returns
     N_STATES                        states of every variant V
 
+A rule that projects has in place of `update`
+
+    average(g, states, hyper)       -> new states
+    direction(g, states, hyper, V)  -> the direction, from the states as they are stored
+    projection(hyper)               -> (eps, step_size, decay, projected_decay, delta)
+    READS_GRAD, PROJECTS_BUFFER     of every variant V, as in csrc/rules/projection.hpp
+
 and repeats the operations of the C++ header in their order: the results must agree in every bit.
 """
 
-from pyoptim.kernels.rules import adagrad, adam, ascent, expectigrad, rmsprop, sgd
+from pyoptim.kernels.rules import adagrad, adam, adamp, ascent, expectigrad, rmsprop, sgd, sgdp
 
 RULES = {
     "sgd": sgd,
@@ -19,4 +26,6 @@ RULES = {
     "adagrad": adagrad,
     "expectigrad": expectigrad,
     "ascent": ascent,
+    "adamp": adamp,
+    "sgdp": sgdp,
 }
