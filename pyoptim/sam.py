@@ -179,7 +179,7 @@ class SAM(Optimizer):
         for group in self.param_groups:
             _check_options(group)
         choice = self._backend or backend.chosen()
-        params = list(self._params())
+        params = [p for group in self.param_groups for p in group["params"]]
         norm = _norm(self.param_groups, choice)
         self._saved = params, self._ascent.climb(self.param_groups, params, norm, choice)
         self._norm = norm
@@ -378,11 +378,8 @@ class SAM(Optimizer):
 
     def _remember_used_grads(self) -> None:
         """By weak references: their memory is wanted for the next gradients."""
-        self._used = {
-            id(p): (weakref.ref(p.grad), p.grad._version)
-            for p in self._params()
-            if p.grad is not None
-        }
+        grads = ((p, p.grad) for group in self.param_groups for p in group["params"])
+        self._used = {id(p): (weakref.ref(g), g._version) for p, g in grads if g is not None}
 
     def _has_new_grads(self) -> bool:
         used = self.__dict__.get("_used", {})
@@ -636,10 +633,9 @@ def _norm(groups: Sequence[Group], choice: str) -> Tensor:
     ]
     if not pairs:
         return torch.zeros((), dtype=torch.float64)
-    weights = [weight for _, weight in pairs]
-    grads = [grad if weight else _values(grad) for grad, weight in pairs]
-    has_weights = any(group["adaptive"] for group in groups)
-    parts = reductions.batches(grads, 2.0, choice, weights if has_weights else None)
+    grads = [g if g.layout is torch.strided or weight else _values(g) for g, weight in pairs]
+    weights = [weight for _, weight in pairs] if any(g["adaptive"] for g in groups) else None
+    parts = reductions.batches(grads, 2.0, choice, weights)
     return reductions.total(parts, 2.0)
 
 
