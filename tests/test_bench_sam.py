@@ -67,7 +67,8 @@ def data() -> Data:
 
 def test_pixels_are_between_0_and_1(data: Data) -> None:
     images, labels, test_images, _ = accuracy.pixels(data)
-    assert images.shape == (200, 4) and len(labels) == 200
+    assert images.shape == (200, 4)
+    assert len(labels) == 200
     assert (images.min(), images.max()) == (0.0, 1.0)
     assert test_images.shape == (100, 4)
 
