@@ -26,11 +26,15 @@ _Result = TypeVar("_Result")
 
 
 def _eager(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
-    """Runs without autograd and, in compiled code, between two graphs.
+    """Runs without autograd and, in compiled code, between two graphs."""
+    return _outside_graphs(torch.no_grad()(function))
+
+
+def _outside_graphs(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
+    """Runs, in compiled code, between two graphs.
 
     `torch._disable_dynamo` alone would import the compiler at the first call of eager code.
     """
-    function = torch.no_grad()(function)
     between_graphs = torch._disable_dynamo(function)  # type: ignore[attr-defined]
 
     @functools.wraps(function)

@@ -19,6 +19,7 @@ from torch.optim.optimizer import ParamsT
 from pyoptim import backend, reductions
 from pyoptim.arithmetic import signed
 from pyoptim.norms import _eager as eager
+from pyoptim.norms import _outside_graphs as outside_graphs
 from pyoptim.optimizer import FusedOptimizer
 from pyoptim.rows import Row
 
@@ -164,7 +165,7 @@ class SAM(Optimizer):
 
     # -- stepping ----------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @eager
     def first_step(self, zero_grad: bool = False) -> None:
         """Saves the weights of every parameter with a gradient, and perturbs them.
 
@@ -179,13 +180,14 @@ class SAM(Optimizer):
         for group in self.param_groups:
             _check_options(group)
         choice = self._backend or backend.chosen()
-        params = list(self._params())
+        params = [p for group in self.param_groups for p in group["params"]]
         norm = _norm(self.param_groups, choice)
         self._saved = params, self._ascent.climb(self.param_groups, params, norm, choice)
         self._norm = norm
         if zero_grad:
             self.zero_grad()
 
+    @outside_graphs
     def second_step(self, zero_grad: bool = False) -> None:
         """Makes a step of the base optimizer from the saved weights with the gradients of now.
 
@@ -210,7 +212,7 @@ class SAM(Optimizer):
         # torch's schedulers warn unless they see a step().
         self._opt_called = True
 
-    @torch.no_grad()
+    @eager
     def restore(self) -> None:
         """Takes a first step back, exactly and in place; for a second pass that failed."""
         saved, self._saved = self._saved, None
@@ -235,7 +237,7 @@ class SAM(Optimizer):
         if not isinstance(base, FusedOptimizer) or not base._reads_from_copies():
             return False
         is_plain = self._ascent.is_one_pass and self.found_inf is None
-        if not is_plain or torch.compiler.is_compiling() or self._saved is None:
+        if not is_plain or self._saved is None:
             return False
         params, weights = self._saved
         if not _are_same(params, list(self._params())):
@@ -371,6 +373,7 @@ class SAM(Optimizer):
 
     # -- gradients that are left from a former step ------------------------------------------------
 
+    @outside_graphs
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets the gradients of all parameters."""
         super().zero_grad(set_to_none)
@@ -378,12 +381,10 @@ class SAM(Optimizer):
 
     def _remember_used_grads(self) -> None:
         """By weak references: their memory is wanted for the next gradients."""
-        self._used = {
-            id(p): (weakref.ref(p.grad), p.grad._version)
-            for p in self._params()
-            if p.grad is not None
-        }
+        grads = ((p, p.grad) for group in self.param_groups for p in group["params"])
+        self._used = {id(p): (weakref.ref(g), g._version) for p, g in grads if g is not None}
 
+    @outside_graphs
     def _has_new_grads(self) -> bool:
         used = self.__dict__.get("_used", {})
         for param in self._params():
@@ -636,10 +637,9 @@ def _norm(groups: Sequence[Group], choice: str) -> Tensor:
     ]
     if not pairs:
         return torch.zeros((), dtype=torch.float64)
-    weights = [weight for _, weight in pairs]
-    grads = [grad if weight else _values(grad) for grad, weight in pairs]
-    has_weights = any(group["adaptive"] for group in groups)
-    parts = reductions.batches(grads, 2.0, choice, weights if has_weights else None)
+    grads = [g if g.layout is torch.strided or weight else _values(g) for g, weight in pairs]
+    weights = [weight for _, weight in pairs] if any(g["adaptive"] for g in groups) else None
+    parts = reductions.batches(grads, 2.0, choice, weights)
     return reductions.total(parts, 2.0)
 
 
