@@ -57,6 +57,7 @@ class AdamP(ProjectingOptimizer):
     """
 
     rule = "adamp"
+    reads_copies = False
 
     def __init__(
         self,

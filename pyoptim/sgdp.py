@@ -51,6 +51,7 @@ class SGDP(ProjectingOptimizer):
     """
 
     rule = "sgdp"
+    reads_copies = False
     counts_steps = False
 
     def __init__(

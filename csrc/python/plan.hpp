@@ -280,6 +280,8 @@ class Plan {
     row.table_row.source = row.table_row.param;
     PyObject* const source = sources_ ? PyList_GET_ITEM(sources_, &row - rows_.data()) : Py_None;
     if (source == Py_None) return true;
+    // The GPU engines' phases read the parameter where it is.
+    if (work_.rule().projects && row.backend != Backend::cpu) return false;
     TensorView view;
     if (!is_tensor(source) || !view_of(source, &view) ||
         is_lazy(py::reinterpret_borrow<py::object>(source)) || view.dtype != row.layout.dtype ||
