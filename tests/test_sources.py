@@ -25,6 +25,7 @@ from torch.nn import Parameter
 
 import pyoptim
 from pyoptim import SAM, backend, plan
+from pyoptim.sam import _Ascent
 
 NATIVE = backend.native()
 # Empty, 0-d, around a vector of every instruction set, more than one prefetched stretch.
@@ -432,3 +433,42 @@ def test_steady_steps_walk_both_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer.param_groups[1]["eta"] = 0.1
     perturbed(params, optimizer, 1)
     optimizer.second_step()
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shift", [0, 3])
+def test_large_rows_are_written_past_the_caches_alike(dtype: torch.dtype, shift: int) -> None:
+    """From 256 Ki elements on, what is written and not read goes past the caches, vector by vector;
+    rows of odd sizes let tasks begin anywhere."""
+    sizes = (262_144 + 5, 7)
+    rooms = [torch.empty(n + shift, dtype=dtype) for n in sizes]
+    params = [
+        Parameter(room[shift:].copy_(values((n,), dtype, n)))
+        for room, n in zip(rooms, sizes, strict=True)
+    ]
+    wanted = [Parameter(p.detach().clone()) for p in params]
+    actual, base = sam(params), pyoptim.AdamW(wanted, lr=0.05, backend="reference")
+    former = NATIVE.active_isa()
+    try:
+        for seed, isa in enumerate(NATIVE.isas()):
+            NATIVE.set_isa(isa)
+            give_grads(wanted, 10 + 2 * seed)
+            moved = plainly_perturbed(wanted)
+            perturbed(params, actual, seed)
+            assert_same_bits(params, moved, isa)
+            actual.second_step()
+            give_grads(wanted, 11 + 2 * seed)
+            base.step()
+            check(actual, base, params, wanted)
+    finally:
+        NATIVE.set_isa(former)
+
+
+def plainly_perturbed(params: Sequence[Tensor]) -> list[Tensor]:
+    norm = float(pyoptim.total_norm([p.grad for p in params if p.grad is not None]))
+    group = {"scale": 1.0 / (norm + 1e-12) * 0.3, "adaptive": False, "maximize": False}
+    wide = torch.float64 if params[0].dtype == torch.float64 else torch.float32
+    pairs = [(p.detach().to(wide), p.grad.to(wide)) for p in params if p.grad is not None]
+    moved = [_Ascent.reference(p, g, {}, group)[0] for p, g in pairs]
+    return [m.to(p.dtype) for m, p in zip(moved, params, strict=True)]

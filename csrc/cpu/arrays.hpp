@@ -7,6 +7,9 @@
 namespace pyoptim::cpu {
 namespace {
 
+// What is written but not read, and streamed past the caches.
+enum class Streams { nothing, param, states };
+
 // The arrays of a row, for reading and writing or as addresses to prefetch.
 template <class P, class S>
 struct Arrays {
@@ -35,11 +38,13 @@ struct Arrays {
     return at;
   }
 
-  template <int kStates>
+  // All but what is streamed.
+  template <int kStates, Streams kStreams = Streams::nothing>
   PYOPTIM_HD void prefetch(int64_t i) const {
-    __builtin_prefetch(param + i);
+    if constexpr (kStreams != Streams::param) __builtin_prefetch(param + i);
     __builtin_prefetch(source + i);
     __builtin_prefetch(grad + i);
+    if constexpr (kStreams == Streams::states) return;
     if constexpr (kStates > 0) __builtin_prefetch(s0 + i);
     if constexpr (kStates > 1) __builtin_prefetch(s1 + i);
     if constexpr (kStates > 2) __builtin_prefetch(s2 + i);

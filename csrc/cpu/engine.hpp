@@ -73,6 +73,12 @@ constexpr int64_t kTaskElements = 64 * 1024;
 // 1024 harmful. Not set in the kernels' files: code that runs at load must be baseline code.
 extern const int64_t kPrefetchBytes;
 
+// Rows from here on are larger than the second-level cache with their gradient: what they write but
+// do not read goes past the caches, or it would be fetched first. On Sapphire Rapids SAM's ascent
+// over 50 M float32 took 31 ms in place of 40, an SGD step from saved weights 43 in place of 52; at
+// 1 M elements 0.57 and 0.67 in place of 0.57 and 0.72.
+constexpr int64_t kStreamElements = 256 * 1024;
+
 // Updates every row. With inv_scale != 1 gradients are multiplied by it and written back first.
 // No two rows may share memory.
 void update_rows(const std::vector<const TableRow*>& rows,

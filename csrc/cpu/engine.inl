@@ -1,5 +1,7 @@
 // Loops over one contiguous segment; included once per instruction set, which the file that
 // includes this names.
+#include <type_traits>
+
 #include "cpu/arrays.hpp"
 #include "cpu/engine.hpp"
 #include "cpu/project.inl"
@@ -32,26 +34,36 @@ PYOPTIM_HD void update_one(const typename Rule::Hyper& h,
   if constexpr (kStates > 2) store(s2[i], c);
 }
 
+template <bool kIsStreamed, class E, class X>
+PYOPTIM_HD void put_vector(E* to, const X& x) {
+  if constexpr (kIsStreamed) {
+    stream_vector(to, x);
+  } else {
+    store_vector(to, x);
+  }
+}
+
 // One vector of elements.
-template <class Rule, int V, class P, class S>
+template <class Rule, int V, Streams kStreams, class P, class S>
 PYOPTIM_HD void update_vector(const typename Rule::Hyper& h,
                               const Arrays<P, S>& arrays,
                               int64_t i) {
   using X = typename VectorOf<typename Compute<P>::type>::type;
   constexpr int kStates = Rule::kStates[V];
+  constexpr bool kStreamsStates = kStreams == Streams::states;
   X p = load_vector(arrays.source + i), a = {}, b = {}, c = {};
   if constexpr (kStates > 0) a = load_vector(arrays.s0 + i);
   if constexpr (kStates > 1) b = load_vector(arrays.s1 + i);
   if constexpr (kStates > 2) c = load_vector(arrays.s2 + i);
   Rule::template update<V, X>(h, p, load_vector(arrays.grad + i), a, b, c);
-  store_vector(arrays.param + i, p);
-  if constexpr (kStates > 0) store_vector(arrays.s0 + i, a);
-  if constexpr (kStates > 1) store_vector(arrays.s1 + i, b);
-  if constexpr (kStates > 2) store_vector(arrays.s2 + i, c);
+  put_vector<kStreams == Streams::param>(arrays.param + i, p);
+  if constexpr (kStates > 0) put_vector<kStreamsStates>(arrays.s0 + i, a);
+  if constexpr (kStates > 1) put_vector<kStreamsStates>(arrays.s1 + i, b);
+  if constexpr (kStates > 2) put_vector<kStreamsStates>(arrays.s2 + i, c);
 }
 
-template <class Rule, int V, class P, class S>
-void update_segment(
+template <class Rule, int V, Streams kStreams, class P, class S>
+void update_range(
     const TableRow& row, const void* hyper, int64_t begin, int64_t end, const TableRow* next) {
   constexpr int64_t kLanes = kVectorBytes / sizeof(typename Compute<P>::type);
   constexpr int kStates = Rule::kStates[V];
@@ -60,19 +72,46 @@ void update_segment(
   const int64_t ahead = kPrefetchBytes / static_cast<int64_t>(sizeof(P));
   int64_t i = begin;
   for (; i + kLanes + ahead <= end; i += kLanes) {
-    arrays.template prefetch<kStates>(i + ahead);
-    update_vector<Rule, V>(h, arrays, i);
+    arrays.template prefetch<kStates, kStreams>(i + ahead);
+    update_vector<Rule, V, kStreams>(h, arrays, i);
   }
   // The last stretch asks for the start of the next row, which no hardware prefetcher can foresee.
   const Arrays<P, S> following(next && next->update == row.update ? *next : row);
   for (const int64_t from = i; i + kLanes <= end; i += kLanes) {
-    following.template prefetch<kStates>(i - from);
-    update_vector<Rule, V>(h, arrays, i);
+    following.template prefetch<kStates, kStreams>(i - from);
+    update_vector<Rule, V, kStreams>(h, arrays, i);
   }
   S *const s0 = arrays.s0, *const s1 = arrays.s1, *const s2 = arrays.s2;
   for (; i < end; ++i) {
     update_one<Rule, V>(h, arrays.param[i], arrays.source[i], arrays.grad[i], s0, s1, s2, i);
   }
+}
+
+// A rule says kReadsStates = false when it only writes them.
+template <class Rule, class = void>
+struct ReadsStates : std::true_type {};
+template <class Rule>
+struct ReadsStates<Rule, std::void_t<decltype(Rule::kReadsStates)>>
+    : std::bool_constant<Rule::kReadsStates> {};
+
+template <class Rule, int V, class P, class S>
+void update_segment(
+    const TableRow& row, const void* hyper, int64_t begin, int64_t end, const TableRow* next) {
+  constexpr auto kPlain = update_range<Rule, V, Streams::nothing, P, S>;
+  if constexpr (sizeof(P) >= sizeof(float)) {
+    constexpr bool kIsParam = ReadsStates<Rule>::value;
+    constexpr auto kStreams = kIsParam ? Streams::param : Streams::states;
+    const P* const written = static_cast<const P*>(kIsParam ? row.param : row.state[0]);
+    const auto misaligned = reinterpret_cast<uintptr_t>(written + begin) % kVectorBytes;
+    if (row.numel >= kStreamElements && !(kIsParam && row.source == row.param)) {
+      const int64_t head = (kVectorBytes - misaligned) % kVectorBytes / sizeof(P);
+      const int64_t start = begin + head < end ? begin + head : end;
+      kPlain(row, hyper, begin, start, nullptr);
+      update_range<Rule, V, kStreams, P, S>(row, hyper, start, end, next);
+      return fence_streams();
+    }
+  }
+  kPlain(row, hyper, begin, end, next);
 }
 
 template <class G>

@@ -53,6 +53,28 @@ PYOPTIM_HD void store_as(void* to, const V& v) {
   std::memcpy(to, &v, sizeof(V));
 }
 
+// Past the caches: memory that is written whole need not be fetched before. `to` is aligned to a
+// vector, and fence_streams() comes before anyone else reads.
+template <class E, class V>
+PYOPTIM_HD void stream_vector(E* to, const V& v) {
+  static_assert(sizeof(V) == kVectorBytes && sizeof(E) >= 4, "not a whole vector");
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)v);
+#elif defined(__x86_64__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)v);
+#else
+  store_as(to, v);
+#endif
+}
+
+PYOPTIM_HD void fence_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // float32 words from 16-bit words and back. gcc 12 makes twice the instructions of
 // __builtin_convertvector here.
 #if defined(__AVX512F__)

@@ -16,6 +16,7 @@ struct Ascent {
   enum { kScale, kAdaptive, kEta, kMaximize, kHypers };
   static constexpr const char* kHyperNames[kHypers] = {"scale", "adaptive", "eta", "maximize"};
   static constexpr bool kCountsSteps = false;
+  static constexpr bool kReadsStates = false;
   static constexpr int kVariants = 2;  // 0: SAM, 1: ASAM
   static constexpr int kStates[kVariants] = {1, 1};
   static constexpr const char* kStateNames[kVariants][kMaxStates] = {{"old_p"}, {"old_p"}};

@@ -170,6 +170,30 @@ def test_parameters_on_two_devices(engine: str) -> None:
         assert_same_bits([p.cpu() for p in params], wanted)
 
 
+@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
+def test_a_replayed_graph_equals_steps_of_sam(
+    adaptive: bool, engine: str, device: torch.device
+) -> None:
+    results = []
+    for capture_at in (None, 2):
+        params = on(device, parameters(SHAPES, torch.float32))
+        options: dict[str, Any] = {"rho": 0.3, "adaptive": adaptive, "capturable": True}
+        optimizer = pyoptim.SAM(params, pyoptim.AdamW, backend=engine, **options)
+
+        def both_steps(optimizer: Any = optimizer) -> None:
+            optimizer.first_step()
+            optimizer.second_step()
+
+        graph = None
+        for step in range(5):
+            fill_grads(params, step)
+            if step == capture_at:
+                graph = captured(both_steps)
+            graph.replay() if graph else both_steps()
+        results.append([*params, *states_of(optimizer)])
+    assert_same_bits(*results)
+
+
 def test_a_large_tensor_is_indexed_in_64_bits(engine: str, device: torch.device) -> None:
     numel = 2**31 + 9
     if torch.cuda.mem_get_info(device)[0] < 3 * 2 * numel:

@@ -137,12 +137,19 @@ def test_a_norm_that_is_not_finite_or_zero_perturbs_nothing(
     assert_same_bits(params, before)
 
 
+BASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "sgd": (pyoptim.SGD, {}),
+    "capturable_adamw": (pyoptim.AdamW, {"capturable": True}),
+}
+
+
+@pytest.mark.parametrize("base", BASES)
 @parametrize_kinds
 def test_the_host_never_reads_the_norm(
-    kind: str, engine: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    kind: str, base: str, engine: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = on(device, parameters([(5,), (70,)], torch.float32))
-    optimizer = make(params, engine, kind)
+    optimizer = make(params, engine, kind, BASES[base][0], **BASES[base][1])
     for read in (False, True):
         give_grads(params, read)
         for p in params:
