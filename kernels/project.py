@@ -1206,7 +1206,7 @@ def update(
     """As engine.update, of a rule that projects.
 
     Args:
-        rows: int64 [2][n]: TableRow::n_rows and inner.
+        rows: int64 [2][n]: TableRow::n_rows and inner; empty: all 0.
     """
     types = engine.DTYPES[dtypes]
     table = np.frombuffer(addresses, np.int64).reshape(2 + engine.RULES[rule].N_STATES[variant], -1)
@@ -1220,7 +1220,7 @@ def update(
     key = (types, numels, rows, b"" if is_live else hyper_index, vector.tobytes())
     if cache.get("project plan", (None,))[0] != key:
         index = np.arange(len(numel)) if is_live else np.frombuffer(hyper_index, np.int32)
-        n_rows, inner = np.frombuffer(rows, np.int64).reshape(2, -1)
+        n_rows, inner = np.frombuffer(rows or bytes(16 * len(numel)), np.int64).reshape(2, -1)
         cache["project plan"] = key, _plan(numel, n_rows, inner, index, vector)
     with launcher.on(device):
         blocks = live_hypers

@@ -317,8 +317,9 @@ __device__ __forceinline__ void update_by_block(const Tensor& t,
   }
 }
 
+// Two blocks of a multiprocessor, whose 65,536 registers ptxas is to share out.
 template <class Rule, class P, class S>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     project_update_kernel(const Phases phases, const int variant) {
   PYOPTIM_SHARED(double, shared, kSums*(kLanes + 1));
   if (phases.found_inf && *phases.found_inf != 0) return;

@@ -24,7 +24,7 @@ def prepare(raw, step, first):
     less = lr * weight_decay
     averages = sign, beta1, 1.0 - beta1, beta2, 1.0 - beta2, correction2
     others = eps, step_size, 1.0 - less, 1.0 - less * wd_ratio, delta
-    return averages + others  # noqa: RUF005
+    return averages + others
 
 
 @triton.jit
