@@ -822,9 +822,9 @@ def _write(
         p = p + pull * decayed
         u = u - radial * decayed
     tl.store(arrays[0] + offsets, narrow(p, PARAM), mask=mask)
-    if PROJECTS_BUFFER:
-        is_written = is_layer if mask is None else is_layer & mask
-        tl.store(arrays[2] + offsets, narrow(u, STATE), mask=is_written)
+    if PROJECTS_BUFFER:  # noqa: SIM102: the one is known to the compiler
+        if is_layer:
+            tl.store(arrays[2] + offsets, narrow(u, STATE), mask=mask)
 
 
 @triton.jit(
