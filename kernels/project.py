@@ -822,7 +822,7 @@ def _write(
         p = p + pull * decayed
         u = u - radial * decayed
     tl.store(arrays[0] + offsets, narrow(p, PARAM), mask=mask)
-    if PROJECTS_BUFFER:  # noqa: SIM102: the one is known to the compiler
+    if PROJECTS_BUFFER:  # noqa: SIM102
         if is_layer:
             tl.store(arrays[2] + offsets, narrow(u, STATE), mask=mask)
 
