@@ -44,6 +44,11 @@ COSTS: dict[str, Cost] = {
     "adagrad": Cost(("sum",), 7),
     "expectigrad": Cost(("sum", "counter", "momentum"), 12, is_state_wide=True),
     "expectigrad-dense": Cost(("sum", "momentum"), 11, is_state_wide=True),
+    "adamp": Cost(("exp_avg", "exp_avg_sq"), 22),
+    "adamp-channel": Cost(("exp_avg", "exp_avg_sq"), 26),
+    "adamp-layer": Cost(("exp_avg", "exp_avg_sq"), 30),
+    "sgdp": Cost(("momentum",), 14),
+    "sgdp-channel": Cost(("momentum",), 18),
 }
 
 

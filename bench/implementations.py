@@ -37,6 +37,21 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "adagrad": ("Adagrad", {}),
     "expectigrad": ("Expectigrad", {}),
     "expectigrad-dense": ("Expectigrad", {"sparse_counter": False}),
+    # With fixed gradients hardly any step is projected; with this delta every one is, by rows, and
+    # with the next one, where nothing moves, most are as a whole.
+    "adamp": ("AdamP", {}),
+    "adamp-channel": ("AdamP", {"delta": 1e6}),
+    "adamp-layer": ("AdamP", {"delta": 2.0, "lr": 0.0}),
+    "sgdp": ("SGDP", {"lr": 1e-3, "momentum": 0.9}),
+    "sgdp-channel": ("SGDP", {"lr": 1e-3, "momentum": 0.9, "delta": 1e6}),
+}
+# What a projection costs is seen beside the optimizer without it.
+WITHOUT_PROJECTION = {
+    "adamp": "adamw",
+    "adamp-channel": "adamw",
+    "adamp-layer": "adamw",
+    "sgdp": "sgd-momentum",
+    "sgdp-channel": "sgd-momentum",
 }
 
 
@@ -51,6 +66,7 @@ class Implementation:
         is_graph: the step is captured in a CUDA graph once and replayed.
         device: the only device it runs on; None: on every one.
         has_state_dtype: states can have another dtype than the parameter.
+        instead: rows of OPTIMIZERS that it runs in the place of others, the only ones it can.
     """
 
     name: str
@@ -60,6 +76,11 @@ class Implementation:
     is_graph: bool = False
     device: str | None = None
     has_state_dtype: bool = False
+    instead: dict[str, str] = field(default_factory=dict)
+
+    def runs(self, optimizer: str) -> tuple[str, dict[str, Any]]:
+        """Returns the class and the options that run for a row of OPTIMIZERS."""
+        return OPTIMIZERS[self.instead.get(optimizer, optimizer)]
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
@@ -93,7 +114,16 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
             device="cuda",
             has_state_dtype=True,
         ),
+        Implementation(
+            "without-projection",
+            "pyoptim",
+            {"backend": "cpu"},
+            device="cpu",
+            has_state_dtype=True,
+            instead=WITHOUT_PROJECTION,
+        ),
         Implementation("authors-expectigrad", "expectigrad.pytorch"),
+        Implementation("authors-adamp", "adamp"),
         Implementation("reference", "pyoptim", {"backend": "reference"}, has_state_dtype=True),
     )
 }
@@ -107,7 +137,9 @@ def why_not(
     """The reason why a combination cannot be measured here, or None if it can."""
     if implementation.device not in (None, device):
         return f"{implementation.name} steps {implementation.device} tensors only"
-    class_name, _ = OPTIMIZERS[optimizer]
+    if implementation.instead and optimizer not in implementation.instead:
+        return f"{optimizer} projects nothing"
+    class_name, _ = implementation.runs(optimizer)
     try:
         package = importlib.import_module(implementation.package)
     except ImportError as error:
@@ -139,7 +171,7 @@ def make_optimizer(
     params: list[torch.Tensor],
 ) -> Optimizer:
     """An optimizer of its own over shared parameters and gradients."""
-    class_name, options = OPTIMIZERS[optimizer]
+    class_name, options = implementation.runs(optimizer)
     options = options | implementation.options
     if dtypes.has_own_state_dtype:
         options["state_dtype"] = dtypes.state

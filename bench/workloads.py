@@ -63,6 +63,15 @@ WORKLOADS: dict[str, Workload] = {
     )
 }
 
+# By name only: what projects rows needs rows.
+MATRIX_WORKLOADS: dict[str, Workload] = {
+    workload.name: workload
+    for workload in (
+        Workload("matrix", "one matrix of 12500 x 4000", ((12500, 4000),)),
+        Workload("matrices", "1000 matrices of 32 x 32", ((32, 32),) * 1000),
+    )
+}
+
 # By name only: too large for a usual machine without a GPU.
 LARGE_WORKLOADS: dict[str, Workload] = {
     workload.name: workload
@@ -86,7 +95,7 @@ def parse(name: str) -> Workload:
 
     Raises: ValueError for anything else.
     """
-    known = WORKLOADS | LARGE_WORKLOADS
+    known = WORKLOADS | MATRIX_WORKLOADS | LARGE_WORKLOADS
     if name in known:
         return known[name]
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name)

@@ -1,5 +1,7 @@
 """AdamP and SGDP: the authors' trajectories, every decision, and bits that depend on nothing."""
 
+import copy
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,21 +12,28 @@ import torch
 from cases import (
     ADAMP,
     COMPUTE_UNIT,
+    FLOATS,
     SGDP,
     UNIT,
     Case,
     allowed_error,
     as_wide,
+    assert_same_bits,
     assert_within,
+    examples,
     parametrize_cases,
+    parametrize_dtypes,
     parametrize_kernel_dtypes,
+    states_of,
     values,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Parameter
 
 import pyoptim
-from pyoptim import backend
+from pyoptim import AdamP, backend
 from pyoptim.optimizer import FusedOptimizer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -254,24 +263,368 @@ def test_each_step_is_the_reference_in_float64(
         optimizer.step()
         for p, (old, state) in zip(params, olds, strict=True):
             truth, new_state = case.row.ours.reference(old, as_wide(p.grad), state, group, t + 1.0)
+            _, unprojected = case.row.ours.reference(
+                old, as_wide(p.grad), state, {**group, "delta": 0.0}, t + 1.0
+            )
             held = optimizer.state[p]
             of_state = held[case.state_names[0]].dtype
             assert_within(p, truth, allowed(dtype, of_state, truth, old), f"step {t}, {p.shape}")
             for n in case.state_names:
-                assert_within(
-                    held[n],
-                    new_state[n],
-                    # What is left of a projected buffer may be less than what it was made of.
-                    allowed(
-                        of_state, of_state, new_state[n], state[n].abs() + as_wide(p.grad).abs()
-                    ),
-                    f"step {t}, {p.shape}, {n}",
+                # What is left of a projected buffer may be less than what it was made of. What was
+                # taken away is a multiple of weights that are known as they were stored.
+                error = allowed(
+                    of_state, of_state, new_state[n], state[n].abs() + as_wide(p.grad).abs()
                 )
+                if p.numel():
+                    taken = (new_state[n] - unprojected[n]).abs().max()
+                    error = error + 2 * UNIT[dtype] * taken
+                assert_within(held[n], new_state[n], error, f"step {t}, {p.shape}, {n}")
 
 
 def allowed(dtype: torch.dtype, of_state: torch.dtype, truth: Tensor, old: Tensor) -> Tensor:
-    """As for other rules, with the roundings of the projection and a result that is stored twice;
-    the direction is that of rounded averages."""
+    """As for other rules, with the roundings of the projection; the direction is that of rounded
+    averages, and a result that differs by up to a step may have been stored before."""
     step = (truth - old).abs().max() if truth.numel() else truth.abs().sum()
     of_direction = 4 * UNIT[of_state] * step if UNIT[of_state] > COMPUTE_UNIT[of_state] else 0.0
-    return allowed_error(dtype, truth, old, stores=2, arithmetic=2) + of_direction
+    arithmetic = allowed_error(dtype, truth, old, stores=2, arithmetic=2)
+    return arithmetic + UNIT[dtype] * step + of_direction
+
+
+# -- bits ------------------------------------------------------------------------------------------
+
+# More than a task, so that they are cut where there are threads enough.
+LARGE = ((900, 131), (3, 30009), (1, 70001), (35001, 2))
+
+
+def run(
+    case: Case, shapes: Sequence[Sequence[int]], decision: str, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """Parameters and states after two steps."""
+    params = parameters_of(shapes, dtype)
+    optimizer = case.ours(params, backend="cpu")
+    for t in range(2):
+        feed(params, decision, t)
+        optimizer.step()
+    return [*params, *states_of(optimizer)]
+
+
+@pytest.mark.native
+@parametrize_decisions
+@parametrize_cases(KERNEL_CASES)
+def test_result_does_not_depend_on_threads(case: Case, decision: str) -> None:
+    """With 2 every tensor is one task; with 4 and 8 more and more of them are cut."""
+    torch.set_num_threads(1)
+    alone = run(case, [*SHAPES, *LARGE], decision)
+    for threads in (2, 4, 8):
+        torch.set_num_threads(threads)
+        assert_same_bits(run(case, [*SHAPES, *LARGE], decision), alone, f"{threads} threads")
+
+
+@pytest.mark.native
+@parametrize_decisions
+@parametrize_dtypes(FLOATS)
+@parametrize_cases(KERNEL_CASES)
+def test_result_does_not_depend_on_the_instruction_set(
+    case: Case, dtype: torch.dtype, decision: str
+) -> None:
+    native = backend.native()
+    assert native is not None
+    results = {}
+    for isa in native.isas():
+        native.set_isa(isa)
+        results[isa] = run(case, SHAPES, decision, dtype)
+    for isa, result in results.items():
+        assert_same_bits(result, results["baseline"], isa)
+
+
+def misplaced(t: Tensor, offset: int) -> Tensor:
+    """The same values and strides, `offset` elements into a larger memory."""
+    room = torch.zeros(t.numel() + offset, dtype=t.dtype)
+    return room[offset:].as_strided(t.shape, t.stride(), offset).copy_(t)
+
+
+@pytest.mark.native
+@parametrize_decisions
+@parametrize_cases(KERNEL_CASES)
+def test_result_does_not_depend_on_alignment(case: Case, decision: str) -> None:
+    plain = parameters_of(SHAPES, torch.float32)
+    moved = [Parameter(misplaced(p.detach(), i % 3 + 1)) for i, p in enumerate(plain)]
+    optimizers = [case.ours(ps, backend="cpu") for ps in (plain, moved)]
+    for t in range(2):
+        feed(plain, decision, t)
+        for i, (p, q) in enumerate(zip(plain, moved, strict=True)):
+            q.grad = misplaced(p.grad, i % 5 + 1)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_same_bits(moved, plain)
+    assert_same_bits(states_of(optimizers[1]), states_of(optimizers[0]))
+
+
+LAYOUTS = {
+    "transposed": ((35, 67), (1, 0)),
+    "last_first": ((9, 4, 5), (1, 2, 0)),
+    "middle": ((6, 7, 11), (1, 0, 2)),
+    "channels_last": ((6, 5, 3, 2), (0, 2, 3, 1)),
+}
+
+
+def laid_out(t: Tensor, order: Sequence[int]) -> Tensor:
+    """The same values, dense, with dimensions in memory in this order."""
+    back = sorted(range(t.dim()), key=order.__getitem__)
+    return t.permute(list(order)).contiguous().permute(back)
+
+
+@pytest.mark.native
+@parametrize_decisions
+@parametrize_cases(KERNEL_CASES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_are_those_of_dimension_0_in_every_layout(
+    case: Case, layout: str, decision: str
+) -> None:
+    """Their elements may be added up in another order; where nothing is projected, or each row
+    lies in its order, not a bit may differ."""
+    shape, order = LAYOUTS[layout]
+    plain = Parameter(values(shape, torch.float32, 5))
+    other = Parameter(laid_out(plain.detach(), order))
+    assert other.stride() != plain.stride()
+    optimizers = [case.ours([p], backend="cpu") for p in (plain, other)]
+    for t in range(3):
+        feed([plain], decision, t)
+        other.grad = laid_out(plain.grad, order)
+        for optimizer in optimizers:
+            optimizer.step()
+    is_same_order = layout in ("transposed", "middle") and decision == "channel"
+    if decision == "none" or is_same_order:
+        assert_same_bits([other], [plain])
+        assert_same_bits(states_of(optimizers[1]), states_of(optimizers[0]))
+    else:
+        torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-5)
+        assert not torch.equal(plain, values(shape, torch.float32, 5))
+
+
+@parametrize_decisions
+@parametrize_cases(KERNEL_CASES)
+@parametrize_backends
+def test_training_goes_on_bit_for_bit_from_a_checkpoint(
+    case: Case, name: str, decision: str
+) -> None:
+    params = parameters_of(SHAPES, torch.float32)
+    optimizer = case.ours(params, backend=name)
+    feed(params, decision, 0)
+    optimizer.step()
+    buffer = io.BytesIO()
+    torch.save((params, optimizer.state_dict()), buffer)
+    buffer.seek(0)
+    others, saved = torch.load(buffer)
+    resumed = case.ours(others, backend=name)
+    resumed.load_state_dict(saved)
+    for ps, o in ((params, optimizer), (others, resumed)):
+        feed(ps, decision, 1)
+        o.step()
+    assert_same_bits(others, params)
+    assert_same_bits(states_of(resumed), states_of(optimizer))
+
+
+# -- decisions -------------------------------------------------------------------------------------
+
+
+def moves(case: Case, p: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """The first step's change of p as it is, and where nothing is ever projected."""
+    changes = []
+    for more in ({}, {"delta": 0.0}):
+        mine = Parameter(p.detach().clone())
+        mine.grad = p.grad.clone()
+        case.ours([mine], **{"eps": 1e-12, "weight_decay": 0.01, **options, **more}).step()
+        changes.append(as_wide(mine) - as_wide(p))
+    return changes[0], changes[1]
+
+
+@parametrize_cases(KERNEL_CASES)
+@parametrize_backends
+def test_one_row_that_fails_is_enough_for_the_whole_tensor(case: Case, name: str) -> None:
+    """Whichever row it is; then only the tensor as one row may pass."""
+    for row in (0, 1, 39, 40):
+        p = Parameter(values((41, 300), torch.float64, 3))
+        p.grad = grad_for(p, "channel", 4)
+        step, unprojected = moves(case, p, backend=name)
+        assert not torch.equal(step, unprojected)
+        p.grad[row] += 50 * p.detach()[row]
+        assert decide(p, p.grad, case.options.get("delta", 0.1)) == "none"
+        step, unprojected = moves(case, p, backend=name)
+        assert torch.equal(step, unprojected)
+
+
+@parametrize_cases(KERNEL_CASES)
+@parametrize_backends
+@parametrize_decisions
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["param", "grad"])
+def test_nothing_is_projected_where_a_number_is_not_finite(
+    case: Case, name: str, decision: str, bad: float, where: str
+) -> None:
+    p = Parameter(values((7, 30), torch.float32, 3))
+    p.grad = grad_for(p, decision, 4)
+    (p.data if where == "param" else p.grad)[6, 29] = bad
+    step, unprojected = moves(case, p, backend=name)
+    assert_same_bits([step], [unprojected])
+    assert step[:6].isfinite().all()
+    assert (step != 0)[:6].all()
+
+
+@parametrize_cases(KERNEL_CASES)
+@parametrize_backends
+def test_a_row_without_a_gradient_counts_as_at_right_angles(case: Case, name: str) -> None:
+    p = Parameter(values((5, 40), torch.float64, 3))
+    p.grad = grad_for(p, "channel", 4)
+    p.grad[2] = 0
+    p.data[3] = 0
+    assert decide(p, p.grad) == "channel"
+    step, unprojected = moves(case, p, backend=name)
+    assert not torch.equal(step, unprojected)
+    radial = (step * as_wide(p)).sum(1) / as_wide(p).norm(dim=1).square().clamp(min=1)
+    decay = 0.01 * case.options.get("wd_ratio", 0.1)
+    rate = case.options["lr"] / (1 - case.options.get("momentum", 0.0))
+    assert ((radial + rate * decay * (p.detach().norm(dim=1) > 0)).abs() < 1e-9).all()
+
+
+@parametrize_backends
+def test_vectors_and_numbers_are_never_projected(name: str) -> None:
+    for row in (ADAMP, SGDP):
+        for shape in ((30,), ()):
+            for dtype in (torch.float64, torch.complex128):
+                p = Parameter(values(shape, dtype, 3))
+                p.grad = p.detach() * (1j if dtype.is_complex else 0)
+                options = {"delta": 1e9, "backend": name}
+                step, unprojected = moves(Case(row, "plain"), p, **options)
+                assert torch.equal(step, unprojected)
+
+
+@parametrize_cases(KERNEL_CASES)
+@parametrize_backends
+def test_complex_numbers_are_pairs(case: Case, name: str) -> None:
+    pairs = Parameter(values((5, 6, 2), torch.float64, 3))
+    numbers = Parameter(torch.view_as_complex(pairs.detach().clone()))
+    optimizers = [case.ours([p], backend=name) for p in (pairs, numbers)]
+    for t, decision in enumerate(DECISIONS):
+        feed([pairs], decision, t)
+        numbers.grad = torch.view_as_complex(pairs.grad)
+        for optimizer in optimizers:
+            optimizer.step()
+        assert_same_bits([torch.view_as_real(numbers)], [pairs])
+
+
+@parametrize_cases(KERNEL_CASES)
+@parametrize_backends
+def test_a_step_at_right_angles_keeps_the_norm_to_second_order(case: Case, name: str) -> None:
+    """The paper's equation 15: |p'|^2 = |p|^2 + |step|^2, without decay."""
+    p = Parameter(values((8, 50), torch.float64, 3))
+    before = as_wide(p)
+    p.grad = grad_for(p, "channel", 4)
+    case.ours([p], backend=name, weight_decay=0.0, eps=1e-12).step()
+    after = as_wide(p)
+    grown = after.square().sum(1) - before.square().sum(1)
+    torch.testing.assert_close(grown, (after - before).square().sum(1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.native
+@examples(25)
+@given(data=st.data())
+def test_any_shape_layout_and_decision_is_the_reference(data: st.DataObject) -> None:
+    case = data.draw(st.sampled_from(CASES))
+    shape = data.draw(st.lists(st.integers(0, 12), min_size=0, max_size=3))
+    shape += data.draw(st.lists(st.sampled_from([1, 2, 1030]), max_size=1))
+    order = data.draw(st.permutations(range(len(shape))))
+    decision = data.draw(st.sampled_from(DECISIONS))
+    p = Parameter(laid_out(values(shape, torch.float64, 3), order))
+    q = Parameter(p.detach().clone(memory_format=torch.contiguous_format))
+    for t in range(2):
+        feed([q], decision, t)
+        p.grad = laid_out(q.grad, order)
+        for param, name in ((p, "cpu"), (q, "reference")):
+            optimizer = case.ours([param], backend=name)
+            optimizer.step()
+    check(p, as_wide(q), 1e-11)
+
+
+# -- factors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.native
+@parametrize_decisions
+@parametrize_cases(KERNEL_CASES)
+def test_clipping_decides_and_steps_as_a_clipped_gradient_does(case: Case, decision: str) -> None:
+    shapes = SHAPES[:2]
+    plain, clipped = parameters_of(shapes, torch.float64), parameters_of(shapes, torch.float64)
+    optimizers = [
+        case.ours(plain, backend="cpu"),
+        case.ours(clipped, backend="cpu", max_grad_norm=0.5),
+    ]
+    for t in range(2):
+        for params in (plain, clipped):
+            feed(params, decision, t)
+        # A second gradient would be that of parameters that differ in their last bits.
+        for p, q in zip(plain, clipped, strict=True):
+            q.grad = p.grad.clone()
+        torch.nn.utils.clip_grad_norm_(plain, 0.5)
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(plain, clipped, strict=True):
+        check(q, as_wide(p), 1e-9)
+
+
+@pytest.mark.native
+@parametrize_decisions
+@parametrize_cases(KERNEL_CASES)
+def test_unscaling_writes_the_gradients_back_before_the_decision(case: Case, decision: str) -> None:
+    plain = parameters_of([*SHAPES, LARGE[0]], torch.float32)
+    scaled = copy.deepcopy(plain)
+    optimizers = [case.ours(params, backend="cpu") for params in (plain, scaled)]
+    optimizers[1].grad_scale, optimizers[1].found_inf = torch.tensor(8.0), torch.tensor(0.0)
+    for t in range(2):
+        feed(plain, decision, t)
+        for p, q in zip(plain, scaled, strict=True):
+            q.grad = p.grad * 8
+        for optimizer in optimizers:
+            optimizer.step()
+        assert_same_bits([q.grad for q in scaled], [p.grad for p in plain])
+    assert_same_bits(scaled, plain)
+    before = [p.detach().clone() for p in scaled]
+    optimizers[1].found_inf = torch.tensor(1.0)
+    optimizers[1].step()
+    assert_same_bits(scaled, before)
+
+
+# -- what is wrong is said -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay", "delta", "wd_ratio"])
+@pytest.mark.parametrize("value", [-0.1, torch.nan])
+@pytest.mark.parametrize("row", [ADAMP, SGDP], ids=["adamp", "sgdp"])
+def test_options_out_of_range_raise(row: Any, name: str, value: float) -> None:
+    params = [Parameter(torch.ones(2))]
+    with pytest.raises(ValueError, match=f"^{name} must be at least 0, got {value}"):
+        row.ours(params, **{"lr": 0.1, name: value})
+    optimizer = row.ours(params, lr=0.1)
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        optimizer.add_param_group({"params": [Parameter(torch.ones(1))], name: value})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_decay_rates_out_of_range_raise() -> None:
+    params = [Parameter(torch.ones(2))]
+    with pytest.raises(ValueError, match=r"betas\[1\] must be in \[0, 1\), got 1.0"):
+        AdamP(params, betas=(0.9, 1.0))
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\), got 1.0"):
+        pyoptim.SGDP(params, lr=0.1, momentum=1.0)
+    with pytest.raises(ValueError, match="lr must have 1 element"):
+        pyoptim.SGDP(params, lr=torch.ones(2))
+
+
+def test_float16_keeps_its_averages_in_float32() -> None:
+    """The second one would underflow, and the direction be divided by eps alone."""
+    p = Parameter(torch.zeros(4, 3, dtype=torch.float16))
+    p.grad = torch.full_like(p, 1e-3)
+    optimizer = AdamP([p], lr=0.01)
+    optimizer.step()
+    assert {s.dtype for s in states_of(optimizer)} == {torch.float32}
+    assert ((as_wide(p) + 0.01).abs() < 1e-4).all()

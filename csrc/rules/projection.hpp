@@ -3,7 +3,8 @@
 // the absolute cosine over delta/sqrt(size), all rows of dimension 0 first (channels), then the
 // whole tensor as one row (layer), which loses less decay too.
 // Departures: sums and decision run in float64. The layer view is known after the sweep that writes
-// the parameter only, so that its projection is applied to the stored result: one rounding more.
+// the parameter only, so that its projection is applied to the stored result: one rounding more,
+// and weights known to the parameter's precision where the momentum itself is projected.
 // A tensor of one row has the layer view only, which is the same.
 #pragma once
 
