@@ -267,7 +267,7 @@ def check_short_kernel(
     STEPS: tl.constexpr,  # of the tree over a row's columns
     CHUNK: tl.constexpr,
 ):
-    t, begin, end, n_rows, row_size, inner, _ = _items(
+    t, begin, end, n_rows, row_size, inner, _n_chunks = _items(
         programs, n_programs, tensors, n, found_inf, CHUNK
     )
     index = _field(tensors, n, 5, t)
@@ -451,7 +451,7 @@ def rows_short_kernel(
     STEPS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    t, begin, end, n_rows, row_size, inner, _ = _items(
+    t, begin, end, n_rows, row_size, inner, _n_chunks = _items(
         programs, n_programs, tensors, n, found_inf, CHUNK
     )
     if tl.load(failed + t) == 0:
@@ -618,17 +618,17 @@ def rows_kernel(
             if IS_WRITE or n_chunks == 1:
                 # What other threads stored is read again.
                 tl.debug_barrier()
-                radial = radial.to(COMPUTE)
+                c = radial.to(COMPUTE)
                 for k in range(0, full, LANES):
                     offsets = _stripe(at + k + lanes, row, n_rows, inner, VECTOR)
                     _write_projected(
-                        *(arrays, offsets, None, hyper, radial, DIRECTION, PROJECTION, V),
+                        *(arrays, offsets, None, hyper, c, DIRECTION, PROJECTION, V),
                         *(N_STATES, READS_GRAD, PROJECTS_BUFFER, PARAM, STATE),
                     )
                 if full < size:
                     offsets = _stripe(at + full + lanes, row, n_rows, inner, VECTOR)
                     _write_projected(
-                        *(arrays, offsets, full + lanes < size, hyper, radial, DIRECTION),
+                        *(arrays, offsets, full + lanes < size, hyper, c, DIRECTION),
                         *(PROJECTION, V, N_STATES, READS_GRAD, PROJECTS_BUFFER, PARAM, STATE),
                     )
 
@@ -859,7 +859,7 @@ def write_kernel(
     CHUNK: tl.constexpr,
 ):
     LANES: tl.constexpr = 1 << STEPS
-    t, _, start, size = _tile(programs, n_programs, tensors, n, found_inf, CHUNK)
+    t, _number, start, size = _tile(programs, n_programs, tensors, n, found_inf, CHUNK)
     index = _field(tensors, n, 5, t)
     hyper = _hyper(hypers, index, clip_bits, clip_at, N_FIELDS, HYPER_STRIDE, COMPUTE)
     _, _, decay, _, _ = PROJECTION(hyper)
@@ -903,7 +903,7 @@ def unscale_kernel(
     CHUNK: tl.constexpr,
 ):
     LANES: tl.constexpr = 1 << STEPS
-    t, _, start, size = _tile(programs, n_programs, tensors, n, found_inf, CHUNK)
+    t, _number, start, size = _tile(programs, n_programs, tensors, n, found_inf, CHUNK)
     grad = _pointer(tl.load(addresses + n + t), PARAM, start, VECTOR)
     inv_scale = float64_of(inv_scale_bits)
     if grad_scale is not None:
