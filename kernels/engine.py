@@ -316,7 +316,8 @@ def update(
         inv_scale, grad_scale, clip, clip_at, found_inf: as struct GradFactors in csrc/cuda/api.hpp.
         cache: of the caller, for these rows; keeps the tables on the device, for as long as graphs
             captured from calls with it may be replayed.
-        rows: int64 [2][n], TableRow::n_rows and inner, of a rule that projects.
+        rows: int64 [2][n], TableRow::n_rows and inner, of a rule that projects; or empty, without
+            rows.
     """
     if hasattr(RULES[rule], "projection"):
         from pyoptim.kernels import project

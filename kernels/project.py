@@ -267,7 +267,7 @@ def check_short_kernel(
     STEPS: tl.constexpr,  # of the tree over a row's columns
     CHUNK: tl.constexpr,
 ):
-    t, begin, end, n_rows, row_size, inner, _ = _items(
+    t, begin, end, n_rows, row_size, inner, _n_chunks = _items(
         programs, n_programs, tensors, n, found_inf, CHUNK
     )
     index = _field(tensors, n, 5, t)
@@ -451,7 +451,7 @@ def rows_short_kernel(
     STEPS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    t, begin, end, n_rows, row_size, inner, _ = _items(
+    t, begin, end, n_rows, row_size, inner, _n_chunks = _items(
         programs, n_programs, tensors, n, found_inf, CHUNK
     )
     if tl.load(failed + t) == 0:
@@ -618,17 +618,17 @@ def rows_kernel(
             if IS_WRITE or n_chunks == 1:
                 # What other threads stored is read again.
                 tl.debug_barrier()
-                radial = radial.to(COMPUTE)
+                c = radial.to(COMPUTE)
                 for k in range(0, full, LANES):
                     offsets = _stripe(at + k + lanes, row, n_rows, inner, VECTOR)
                     _write_projected(
-                        *(arrays, offsets, None, hyper, radial, DIRECTION, PROJECTION, V),
+                        *(arrays, offsets, None, hyper, c, DIRECTION, PROJECTION, V),
                         *(N_STATES, READS_GRAD, PROJECTS_BUFFER, PARAM, STATE),
                     )
                 if full < size:
                     offsets = _stripe(at + full + lanes, row, n_rows, inner, VECTOR)
                     _write_projected(
-                        *(arrays, offsets, full + lanes < size, hyper, radial, DIRECTION),
+                        *(arrays, offsets, full + lanes < size, hyper, c, DIRECTION),
                         *(PROJECTION, V, N_STATES, READS_GRAD, PROJECTS_BUFFER, PARAM, STATE),
                     )
 
@@ -822,9 +822,9 @@ def _write(
         p = p + pull * decayed
         u = u - radial * decayed
     tl.store(arrays[0] + offsets, narrow(p, PARAM), mask=mask)
-    if PROJECTS_BUFFER:
-        is_written = is_layer if mask is None else is_layer & mask
-        tl.store(arrays[2] + offsets, narrow(u, STATE), mask=is_written)
+    if PROJECTS_BUFFER:  # noqa: SIM102
+        if is_layer:
+            tl.store(arrays[2] + offsets, narrow(u, STATE), mask=mask)
 
 
 @triton.jit(
@@ -859,7 +859,7 @@ def write_kernel(
     CHUNK: tl.constexpr,
 ):
     LANES: tl.constexpr = 1 << STEPS
-    t, _, start, size = _tile(programs, n_programs, tensors, n, found_inf, CHUNK)
+    t, _number, start, size = _tile(programs, n_programs, tensors, n, found_inf, CHUNK)
     index = _field(tensors, n, 5, t)
     hyper = _hyper(hypers, index, clip_bits, clip_at, N_FIELDS, HYPER_STRIDE, COMPUTE)
     _, _, decay, _, _ = PROJECTION(hyper)
@@ -903,7 +903,7 @@ def unscale_kernel(
     CHUNK: tl.constexpr,
 ):
     LANES: tl.constexpr = 1 << STEPS
-    t, _, start, size = _tile(programs, n_programs, tensors, n, found_inf, CHUNK)
+    t, _number, start, size = _tile(programs, n_programs, tensors, n, found_inf, CHUNK)
     grad = _pointer(tl.load(addresses + n + t), PARAM, start, VECTOR)
     inv_scale = float64_of(inv_scale_bits)
     if grad_scale is not None:
@@ -1206,7 +1206,7 @@ def update(
     """As engine.update, of a rule that projects.
 
     Args:
-        rows: int64 [2][n]: TableRow::n_rows and inner.
+        rows: int64 [2][n]: TableRow::n_rows and inner; empty: all 0.
     """
     types = engine.DTYPES[dtypes]
     table = np.frombuffer(addresses, np.int64).reshape(2 + engine.RULES[rule].N_STATES[variant], -1)
@@ -1220,7 +1220,7 @@ def update(
     key = (types, numels, rows, b"" if is_live else hyper_index, vector.tobytes())
     if cache.get("project plan", (None,))[0] != key:
         index = np.arange(len(numel)) if is_live else np.frombuffer(hyper_index, np.int32)
-        n_rows, inner = np.frombuffer(rows, np.int64).reshape(2, -1)
+        n_rows, inner = np.frombuffer(rows or bytes(16 * len(numel)), np.int64).reshape(2, -1)
         cache["project plan"] = key, _plan(numel, n_rows, inner, index, vector)
     with launcher.on(device):
         blocks = live_hypers

@@ -210,11 +210,14 @@ class Instance:
 
 
 @cache
-def state_counts() -> dict[str, list[int]]:
-    """Rule -> the number of its states by variant, from the rules' headers."""
+def state_counts(projecting: bool = False) -> dict[str, list[int]]:
+    """Rule -> the number of its states by variant, from the headers of the rules that project rows,
+    or of the others."""
     counts = {}
     for path in (ROOT / "csrc" / "rules").glob("*.hpp"):
         text = path.read_text()
+        if ("bool kProjectsBuffer[kVariants]" in text) != projecting:
+            continue
         if found := re.search(r"int kStates\[kVariants\] = \{([\d, ]+)\}", text):
             rule = re.search(r"^struct (\w+) \{", text, re.MULTILINE)
             counts[rule[1]] = [int(n) for n in found[1].split(",")]
@@ -266,6 +269,30 @@ def accesses_too_narrowly(kernel: Kernel) -> str | None:
         f"{found} {name} of {bits} bits for {n} arrays"
         for name, bits, n in wanted
         if (found := kernel.count(rf"{name}\.E(\..*)?\.{bits}(\..*)?")) < n
+    ]
+    return ", ".join(missing) or None
+
+
+def projects_too_narrowly(kernel: Kernel) -> str | None:
+    """Wants one access per array that moves four elements, or 16 bytes of them, in the kernels that
+    visit every element of a rule that projects, and in the check of rows."""
+    found = re.match(
+        r"(project_update|check)_kernel<(?:(\w+)<\w+>, )?(\w+)(?:, (\w+))?>", kernel.name
+    )
+    if found is None:
+        return None
+    n_states = state_counts(projecting=True)[found[2]][0] if found[2] else 0
+    loads, stores = Counter[int](), Counter[int]()
+    for element, n_loads, n_stores in ((found[3], 2, bool(found[2])), (found[4], *[n_states] * 2)):
+        bits = min(128, 4 * 8 * ITEM_SIZES[element or found[3]])
+        loads[bits] += n_loads
+        stores[bits] += n_stores
+    wanted = [("LDG", bits, n) for bits, n in loads.items()]
+    wanted += [("STG", bits, n) for bits, n in stores.items()]
+    missing = [
+        f"{seen} {name} of {bits} bits for {n} arrays"
+        for name, bits, n in wanted
+        if (seen := kernel.count(rf"{name}\.E(\..*)?\.{bits}(\..*)?")) < n
     ]
     return ", ".join(missing) or None
 
@@ -342,6 +369,27 @@ def test_every_rule_variant_and_set_of_dtypes_has_a_kernel(library: Path, archs:
         assert wanted <= {Instance.of(kernel) for kernel in kernels}
         assert {kernel.name for kernel in kernels} == {kernel.name for kernel in everywhere[-1]}
         assert all(kernel.code for kernel in kernels)
+
+
+def test_every_rule_that_projects_has_its_kernels(library: Path, archs: list[str]) -> None:
+    """One for all variants, which it tells apart as it runs."""
+    pairs = [(p, p) for p in ITEM_SIZES] + [("Bf16", "float"), ("F16", "float")]
+    wanted = {
+        f"project_{phase}_kernel<{rule}<{'double' if param == 'double' else 'float'}>"
+        f", {param}, {state}>"
+        for phase in ("update", "write")
+        for rule in state_counts(projecting=True)
+        for param, state in pairs
+    }
+    wanted |= {f"{phase}_kernel<{param}>" for phase in ("deal", "check") for param in ITEM_SIZES}
+    wanted |= {"check_long_rows_kernel", "fold_long_rows_kernel", "decide_kernel"}
+    assert len(wanted) == 2 * 2 * 6 + 2 * 4 + 3
+    for found in [*(machine_code(library, arch) for arch in archs), ptx(library)]:
+        assert wanted <= {kernel.name for kernel in found}
+
+
+def test_kernels_that_project_move_four_elements_at_once(kernels: list[Kernel]) -> None:
+    assert faults(kernels, projects_too_narrowly) == []
 
 
 def test_no_kernel_spills(kernels: list[Kernel]) -> None:
@@ -480,6 +528,10 @@ __global__ void adds_atomically(float* x, int* y) {
   y[threadIdx.x] = atomicAdd(y, 2);
 }
 
+template <class P>
+__global__ void check_kernel(const P* p, const P* g, double* y) { y[0] = p[0] * (1.0 + g[0]); }
+template __global__ void check_kernel<float>(const float*, const float*, double*);
+
 __global__ void contracts(float* x) { x[0] = x[1] * x[2] + x[3]; }
 __global__ void contracts_double(double* x) { x[0] = x[1] * x[2] + x[3]; }
 __global__ void divides_roughly(float* x) { x[0] = __fdividef(x[1], x[2]); }
@@ -515,6 +567,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "update_kernel<Adagrad<float>, 0, Bf16, float>",
             },
         ),
+        (projects_too_narrowly, {"check_kernel<float>"}),
         (has_fused_multiply_adds, {"contracts"}),
     ],
 )

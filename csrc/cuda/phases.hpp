@@ -200,27 +200,31 @@ struct Group {
   }
 };
 
-// The elements of a pass, all read before any is used.
+// The elements of a pass, in halves that are read before they are used: all at once took more
+// registers than two blocks have.
 template <int kN, class Visitor>
 __device__ __forceinline__ void visit_pass(const Visitor& visitor,
                                            const Place& place,
                                            const Group& group,
                                            int pass,
                                            double (&lanes)[kN][kHeld]) {
+  constexpr int kRead = kHeld / 2;
   const int first = group.thread + group.size * pass, stride = group.size * group.n_passes;
-  typename Visitor::template Slice<1> slices[kHeld] = {};
-  int64_t at[kHeld];
 #pragma unroll
-  for (int k = 0; k < kHeld; ++k) {
-    const int i = first + k * stride;
-    at[k] = i < place.size ? place.at(i) : -1;
-    if (at[k] >= 0) visitor.read_one(at[k], 0, slices[k]);
-  }
+  for (int half = 0; half < kHeld; half += kRead) {
+    typename Visitor::template Slice<1> slices[kRead] = {};
 #pragma unroll
-  for (int k = 0; k < kHeld; ++k) {
-    if (at[k] < 0) continue;
-    visitor.apply(slices[k], 1, lanes, k);
-    visitor.write_one(slices[k], 0, at[k]);
+    for (int k = 0; k < kRead; ++k) {
+      const int i = first + (half + k) * stride;
+      if (i < place.size) visitor.read_one(place.at(i), 0, slices[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kRead; ++k) {
+      const int i = first + (half + k) * stride;
+      if (i >= place.size) continue;
+      visitor.apply(slices[k], 1, lanes, half + k);
+      visitor.write_one(slices[k], 0, place.at(i));
+    }
   }
 }
 

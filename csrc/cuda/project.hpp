@@ -317,8 +317,9 @@ __device__ __forceinline__ void update_by_block(const Tensor& t,
   }
 }
 
+// Two blocks of a multiprocessor, whose 65,536 registers ptxas is to share out.
 template <class Rule, class P, class S>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     project_update_kernel(const Phases phases, const int variant) {
   PYOPTIM_SHARED(double, shared, kSums*(kLanes + 1));
   if (phases.found_inf && *phases.found_inf != 0) return;
@@ -358,8 +359,9 @@ __device__ __forceinline__ void write_long_rows(const Tensor& t,
   }
 }
 
+// Three of these; left the choice, ptxas took 64 registers and a stack frame for one (sm_90).
 template <class Rule, class P, class S>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(P) == 8 ? 2 : 3)
     project_write_kernel(const Phases phases, const int variant) {
   using T = typename Compute<P>::type;
   if (phases.found_inf && *phases.found_inf != 0) return;

@@ -68,7 +68,7 @@ def compile_calls(name: str, arch: int, call: Callable[[], None]) -> list[Code]:
     found: list[Any] = []
 
     def compile_only(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        found.append(kernel.warmup(*args, grid=grid, **constants, **launcher.OPTIONS))
+        found.append(kernel.warmup(*args, grid=grid, **{**launcher.OPTIONS, **constants}))
 
     real = launcher.launch
     triton.runtime.driver.set_active(PretendedDriver(arch))
@@ -114,6 +114,7 @@ def update_jobs(arch: int) -> list[UpdateJob]:
     jobs = [
         (rule, variant, dtypes, is_aligned, False)
         for rule, module in engine.RULES.items()
+        if not hasattr(module, "projection")
         for variant in range(len(module.N_STATES))
         for dtypes in sets
         for is_aligned in (True, False)
@@ -143,6 +144,36 @@ def compile_update(job: UpdateJob, arch: int) -> list[Code]:
         )
 
     return compile_calls(job_name(job), arch, call)
+
+
+def project_jobs(arch: int) -> list[UpdateJob]:
+    """Some updates of rules that project: a step has ten kernels, which are long to compile.
+
+    One architecture stands for all but in the most common set of dtypes.
+    """
+    jobs = [("adamp", 1, "f32", True, True)]
+    if arch == 90:
+        jobs += [("sgdp", 0, "bf16_state32", False, False), ("adamp", 0, "f64", True, False)]
+    return jobs
+
+
+def compile_project(job: UpdateJob, arch: int) -> list[Code]:
+    """Every phase, for a tensor of short rows and one of rows of several chunks."""
+    rule, variant, dtypes, is_aligned, is_live = job
+    n_arrays = 2 + engine.RULES[rule].N_STATES[variant]
+    size = engine.DTYPES[dtypes].bytes_of(0)
+    addresses = torch.full((2 * n_arrays,), 4096 if is_aligned else 4096 + size)
+    numels, rows = torch.tensor([24, 80000]), torch.tensor([3, 4, 8, 20000])
+    scale, clip = (torch.ones(1), torch.ones(1, dtype=torch.float64)) if is_live else (None, None)
+
+    def call() -> None:
+        engine.update(
+            *(rule, variant, dtypes, CPU, addresses.numpy().tobytes(), numels.numpy().tobytes()),
+            *(bytes(8), bytes(96), torch.zeros(192, dtype=torch.uint8) if is_live else None),
+            *(1.0, scale, 1.0, clip, scale, {}, rows.numpy().tobytes()),
+        )
+
+    return compile_calls(f"{job_name(job)} project", arch, call)
 
 
 def compile_prepare(rule: str, arch: int) -> list[Code]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from cubins import ARCHS, CPU, Code, compile_calls, update_jobs
+from cubins import ARCHS, CPU, Code, compile_calls, job_name, project_jobs, update_jobs
 
 from pyoptim.kernels import engine, launcher
 
@@ -32,6 +32,7 @@ def compiled() -> dict[str, list[Code]]:
     jobs: list[tuple[str, Callable[..., list[Code]], tuple[Any, ...]]] = []
     for arch in ARCHS:
         jobs += [("update", cubins.compile_update, (job, arch)) for job in update_jobs(arch)]
+        jobs += [("project", cubins.compile_project, (job, arch)) for job in project_jobs(arch)]
         jobs += [("prepare", cubins.compile_prepare, (rule, arch)) for rule in engine.RULES]
         jobs += [
             ("arrays", cubins.compile_arrays, (dtype, is_aligned, arch))
@@ -91,10 +92,16 @@ def lacks_wide_access(code: Code) -> bool:
 
 
 def test_every_kernel_is_compiled_for_every_architecture(compiled: dict[str, list[Code]]) -> None:
-    n_variants = sum(len(rule.N_STATES) for rule in engine.RULES.values())
+    rules = [rule for rule in engine.RULES.values() if not hasattr(rule, "projection")]
+    n_variants = sum(len(rule.N_STATES) for rule in rules)
     n_sets = 6 * len(ARCHS) if os.environ["PYOPTIM_TRITON_AOT"] == "all" else 6 + 2 * 3
     assert len(compiled["update"]) == (n_variants + 1) * n_sets * 2
     assert len(compiled["prepare"]) == 2 * len(engine.RULES) * len(ARCHS)
+    # Short rows are checked in one launch, long ones too; those are summed, folded and written.
+    n_phases = 2 + 2 + 3 + 1 + 1 + 1
+    n_unscaling = sum(job[-1] for arch in ARCHS for job in project_jobs(arch))
+    n_jobs = sum(len(project_jobs(arch)) for arch in ARCHS)
+    assert len(compiled["project"]) == n_phases * n_jobs + n_unscaling
     assert len(compiled["arrays"]) == 4 * 4 * 2 * len(ARCHS)
     assert len(compiled["sums"]) == (3 + 1 + 4 * 2 + 2) * len(ARCHS)
 
@@ -106,6 +113,19 @@ def test_no_kernel_spills_registers(compiled: dict[str, list[Code]]) -> None:
 def test_registers_leave_room_for_four_blocks(compiled: dict[str, list[Code]]) -> None:
     codes = of(compiled, *compiled)
     assert offenders(codes, lambda code: code.registers > MAX_REGISTERS) == []
+
+
+def test_sweeps_of_rules_that_project_access_four_elements_at_once(
+    compiled: dict[str, list[Code]],
+) -> None:
+    codes = [c for c in compiled["project"] if " aligned" in c.name]
+    wide = [c for c in codes if has_wide_access(c)]
+    # Of ten: sweep, write, the check of long rows, and their two phases; unscaling.
+    assert len(wide) >= 5 * sum(
+        " aligned" in job_name(job) for a in ARCHS for job in project_jobs(a)
+    )
+    unaligned = [c for c in compiled["project"] if " unaligned" in c.name]
+    assert offenders(unaligned, has_wide_access) == []
 
 
 def test_aligned_arrays_are_accessed_by_16_bytes(compiled: dict[str, list[Code]]) -> None:
@@ -222,7 +242,7 @@ def test_values_compile_nothing_anew() -> None:
     seen = set()
 
     def note(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        seen.add(id(kernel.warmup(*args, grid=grid, **constants, **launcher.OPTIONS)))
+        seen.add(id(kernel.warmup(*args, grid=grid, **{**launcher.OPTIONS, **constants})))
 
     triton.runtime.driver.set_active(cubins.PretendedDriver(90))
     with pytest.MonkeyPatch.context() as patch:

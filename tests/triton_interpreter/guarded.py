@@ -71,6 +71,21 @@ def prepared(
     if rule == "ascent":
         scale, _, eta, maximize = raw
         return [-1.0 if maximize else 1.0, scale, eta]
+    if rule == "adamp":
+        lr, beta1, beta2, eps, weight_decay, delta, wd_ratio, _, maximize = raw
+        return [
+            *(-1.0 if maximize else 1.0, beta1, 1.0 - beta1, beta2, 1.0 - beta2),
+            *(1.0 / math.sqrt(1.0 - math.pow(beta2, step)), eps),
+            lr / (1.0 - math.pow(beta1, step)),
+            *(1.0 - lr * weight_decay, 1.0 - lr * weight_decay * wd_ratio, delta),
+        ]
+    if rule == "sgdp":
+        lr, momentum, dampening, eps, weight_decay, delta, wd_ratio, _, _, maximize = raw
+        decay = lr * weight_decay / (1.0 - momentum)
+        return [
+            *(-1.0 if maximize else 1.0, momentum, 1.0 - dampening, eps, lr),
+            *(1.0 - decay, 1.0 - decay * wd_ratio, delta),
+        ]
     lr, lr_decay, weight_decay, eps, maximize = raw
     return [-1.0 if maximize else 1.0, weight_decay, eps, lr / (1.0 + (step - 1.0) * lr_decay)]
 

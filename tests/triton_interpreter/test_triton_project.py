@@ -1,0 +1,107 @@
+"""AdamP and SGDP of the Triton engine give the bits of the CPU engine, and touch nothing else."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import ADAMP, KERNEL_DTYPES, SGDP, Case, assert_same_bits, parametrize_cases
+from engines import running
+from projected import Shape, Training
+
+pytestmark = [
+    pytest.mark.native,
+    # numpy's, about the arithmetic of NaN and inf in the interpreter.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning"),
+]
+PLAIN = Case(ADAMP, "weight_decay")
+KERNEL_CASES = [Case(row, name) for row in (ADAMP, SGDP) for name in row.kernels]
+# Rows of up to 16 and of up to 128 elements, more rows than a block has; longer ones, which vectors
+# fit or do not; rows in pieces; one row; no rows; nothing.
+SHAPES = (
+    Shape((9,)),
+    Shape((0, 3)),
+    Shape((1, 50)),
+    Shape((70, 8)),
+    Shape((9, 33)),
+    Shape((2, 1030)),
+    Shape((7, 12), (1, 0)),
+    Shape((2, 150), (1, 0)),
+)
+FEW = (Shape((9,)), Shape((9, 5)), Shape((2, 132)))
+FEWER = FEW[:2]
+LONG = (Shape((2, 16388)), Shape((2, 16390), (1, 0)), Shape((12, 1400)))
+
+
+def check(training: Training) -> None:
+    """One step of the same tensors by both engines."""
+    expected, actual = replace(training, offsets=(0,)), replace(training, backend="triton")
+    before = [x.clone() for x in actual.arrays()]
+    with running("triton"):
+        actual.optimizer.step()
+    expected.optimizer.step()
+    assert_same_bits(actual.arrays(), expected.arrays())
+    actual.check_guards()
+    assert any(not torch.equal(a, b) for a, b in zip(actual.arrays(), before, strict=True))
+
+
+@pytest.mark.parametrize("case", [Case(ADAMP, "weight_decay"), Case(SGDP, "momentum")], ids=str)
+def test_rows_of_every_length_have_the_bits_of_the_cpu_engine(case: Case) -> None:
+    check(Training(case, shapes=SHAPES, offsets=(0, 0, 0, 0, 1)))
+
+
+@parametrize_cases([*KERNEL_CASES, Case(ADAMP, "large_decay"), Case(SGDP, "large_decay")])
+def test_every_variant_has_the_bits_of_the_cpu_engine(case: Case) -> None:
+    check(Training(case, shapes=FEW))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"), [pair for pair in KERNEL_DTYPES if pair[0] != torch.float32], ids=str
+)
+def test_every_dtype_has_the_bits_of_the_cpu_engine(
+    dtype: torch.dtype, state_dtype: torch.dtype | None
+) -> None:
+    check(Training(PLAIN, dtype, state_dtype, shapes=FEWER, offsets=(0, 0, 0, 1)))
+
+
+@pytest.mark.parametrize("decision", ["channel", "none"])
+def test_tensors_of_several_programs_have_the_bits_of_the_cpu_engine(decision: str) -> None:
+    check(Training(PLAIN, shapes=LONG, decisions=(decision,)))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_special_values_have_the_bits_of_the_cpu_engine(value: float) -> None:
+    def made(name: str) -> Training:
+        training = Training(Case(SGDP, "momentum"), shapes=FEW, backend=name)
+        for i, p in enumerate(training.params):
+            assert p.grad is not None
+            [p.grad, p.data][i % 2].view_as(p)[(0,) * p.dim()] = value
+        return training
+
+    actual, expected = made("triton"), made("cpu")
+    with running("triton"):
+        actual.optimizer.step()
+    expected.optimizer.step()
+    assert_same_bits(actual.arrays(), expected.arrays())
+
+
+def test_clipped_and_unscaled_gradients_have_the_bits_of_the_cpu_engine() -> None:
+    actual, expected = (
+        Training(PLAIN, shapes=FEW, n_groups=2, backend=name) for name in ("triton", "cpu")
+    )
+    for training in (actual, expected):
+        training.optimizer.max_grad_norm = 0.75
+        training.optimizer.grad_scale = torch.tensor(3.0)
+        training.optimizer.found_inf = torch.tensor(0.0)
+        with running("triton"):
+            training.optimizer.step()
+    assert_same_bits(actual.arrays(), expected.arrays())
+
+
+def test_nothing_is_written_when_an_infinity_was_found() -> None:
+    training = Training(PLAIN, shapes=(*FEW, Shape((2, 16388))), backend="triton")
+    before = [x.clone() for x in training.arrays()]
+    training.optimizer.grad_scale = torch.tensor(2.0)
+    training.optimizer.found_inf = torch.tensor(1.0)
+    with running("triton"):
+        training.optimizer.step()
+    assert_same_bits(training.arrays(), before)
