@@ -61,6 +61,9 @@ class SAM(Optimizer):
     `scaler.scale`, and nothing is unscaled before the first step, whose direction does not depend
     on the scale. An overflow in either pass skips the step of the base optimizer.
 
+    In functions that torch.compile compiles, both steps run between two graphs. On a GPU engine
+    neither waits for the device.
+
     Under DistributedDataParallel gradients of the first pass made under `model.no_sync()` give each
     replica a perturbation of its own (m-sharpness, as in the paper); without, all have the same.
 
