@@ -7,6 +7,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+import pyoptim
+
 # Installed as pyoptim.bench; in a source tree that is not installed it is the top-level folder.
 PACKAGE = "pyoptim.bench" if find_spec("pyoptim.bench") else "bench"
 traffic = import_module(f"{PACKAGE}.bytes")
