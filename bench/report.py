@@ -15,6 +15,7 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 OURS = "pyoptim"
 BASELINES = (
     *("torch-fused", "torch-foreach", "torch-for-loop", "torch-compiled", "authors-expectigrad"),
+    *("authors-adamp", "without-projection"),
 )  # fmt: skip
 # The float32 steps beside a step of mixed dtypes.
 FLOAT32_BASELINES = ("torch-fused-float32", "pyoptim-float32")

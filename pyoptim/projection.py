@@ -19,10 +19,11 @@ class ProjectingOptimizer(FusedOptimizer):
     """
 
     def _check_row(self, row: Row, group: Mapping[str, Any]) -> None:
-        if is_dtensor(row.key) and any(not p.is_replicate() for p in row.key.placements):  # type: ignore[attr-defined]
+        if row.key.dim() > 1 and is_dtensor(row.key) and _is_cut(row.key):
             raise RuntimeError(
-                f"{row.place} is a sharded DTensor, but {type(self).__name__} decides by sums over "
-                "whole parameters; replicate it, or use AdamW or SGD"
+                f"{row.place} is a DTensor of placements {row.key.placements}, but "  # type: ignore[attr-defined]
+                f"{type(self).__name__} decides by sums over whole parameters; replicate those of "
+                "two and more dimensions, or use AdamW or SGD"
             )
 
     def _reference_step(self, row: Row, group: Mapping[str, Any]) -> None:
@@ -48,6 +49,15 @@ class ProjectingOptimizer(FusedOptimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+
+
+def _is_cut(tensor: Any) -> bool:
+    """Whether no process holds all of a DTensor."""
+    sizes = tensor.device_mesh.shape
+    return any(
+        size > 1 and not placement.is_replicate()
+        for size, placement in zip(sizes, tensor.placements, strict=True)
+    )
 
 
 def project(

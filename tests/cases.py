@@ -229,10 +229,12 @@ SGDP = Row(
     kernels=("momentum", "nesterov", "own_buffer"),
 )
 PROJECTING = (ADAMP, SGDP)
-ROWS = (SGD, ADAM, ADAMW, RMSPROP, ADAGRAD, EXPECTIGRAD, *PROJECTING)
+ROWS = (SGD, ADAM, ADAMW, RMSPROP, ADAGRAD, EXPECTIGRAD)
 
 CASES = [Case(row, name) for row in ROWS for name in row.options]
 KERNEL_CASES = [Case(row, name) for row in ROWS for name in row.kernels]
+# With those that run on the CPU only.
+CPU_KERNEL_CASES = [*KERNEL_CASES, *(Case(r, name) for r in PROJECTING for name in r.kernels)]
 # Those that torch.optim is an oracle for.
 TORCH_CASES = [case for case in CASES if case.row.torchs is not None]
 TORCH_KERNEL_CASES = [case for case in KERNEL_CASES if case.row.torchs is not None]

@@ -546,6 +546,35 @@ def test_any_shape_layout_and_decision_is_the_reference(data: st.DataObject) -> 
     check(p, as_wide(q), 1e-11)
 
 
+@parametrize_cases(KERNEL_CASES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.native
+def test_a_scale_invariant_network_trains_as_the_reference(
+    case: Case, layout: torch.memory_format
+) -> None:
+    """Weights before a normalisation have gradients at right angles to them, filter by filter."""
+    x = values((8, 3, 6, 6), torch.float64, 1).to(memory_format=layout)
+    results = {}
+    for name in ("cpu", "reference"):
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 6, 3), torch.nn.BatchNorm2d(6), torch.nn.Conv2d(6, 4, 3)
+        ).to(torch.float64, memory_format=layout)
+        optimizer = case.ours(model.parameters(), lr=0.01, backend=name)
+        decisions = []
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(x).square().add(x.mean()).log().mean().backward()
+            w = model[0].weight
+            decisions.append(decide(w, w.grad, optimizer.param_groups[0]["delta"]))
+            optimizer.step()
+        assert decisions == ["channel"] * 5
+        assert model[0].weight.is_contiguous(memory_format=layout)
+        results[name] = [*model.parameters(), *states_of(optimizer)]
+    for mine, reference in zip(results["cpu"], results["reference"], strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-10, atol=1e-12)
+
+
 # -- factors ---------------------------------------------------------------------------------------
 
 

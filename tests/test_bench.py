@@ -7,6 +7,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+import pyoptim
+
 # Installed as pyoptim.bench; in a source tree that is not installed it is the top-level folder.
 PACKAGE = "pyoptim.bench" if find_spec("pyoptim.bench") else "bench"
 traffic = import_module(f"{PACKAGE}.bytes")
@@ -40,6 +42,11 @@ BYTES = {
     "adagrad": (20, 14, 10, 40),
     "expectigrad": (36, 30, 18, 72),
     "expectigrad-dense": (28, 22, 14, 56),
+    "adamp": (28, 22, 14, 56),
+    "adamp-channel": (28, 22, 14, 56),
+    "adamp-layer": (28, 22, 14, 56),
+    "sgdp": (20, 14, 10, 40),
+    "sgdp-channel": (20, 14, 10, 40),
 }
 OF_TORCH = [
     name for name, (cls, _) in implementations.OPTIMIZERS.items() if hasattr(torch.optim, cls)
@@ -197,6 +204,19 @@ def test_what_cannot_be_measured_has_a_reason():
     assert "measure it in bfloat16+float32" in narrow
     assert implementations.why_not(reference, "expectigrad", mixed) is None
     assert "no Expectigrad" in implementations.why_not(FOR_LOOP, "expectigrad", FLOAT32)
+
+
+def test_what_a_projection_costs_is_measured_beside_the_optimizer_without_it():
+    without = implementations.IMPLEMENTATIONS["without-projection"]
+    params = workloads.make_params(workloads.parse("matrices"), FLOAT32)[:1]
+    assert type(params[0].shape) is torch.Size
+    assert params[0].shape == (32, 32)
+    made = implementations.make_optimizer(without, "adamp-channel", FLOAT32, params)
+    assert type(made) is pyoptim.AdamW
+    made = implementations.make_optimizer(without, "sgdp", FLOAT32, params)
+    assert type(made) is pyoptim.SGD
+    assert made.param_groups[0]["momentum"] == 0.9
+    assert implementations.why_not(without, "adamw", FLOAT32) == "adamw projects nothing"
 
 
 def test_case_that_does_not_fit_in_memory_is_skipped_with_the_reason(monkeypatch):

@@ -8,8 +8,8 @@ it loaded: loading. With lr = 0 it stores the parameter it loaded: both ways. Wi
 import pytest
 import torch
 from cases import (
+    CPU_KERNEL_CASES,
     HALVES,
-    KERNEL_CASES,
     Case,
     assert_same_bits,
     parametrize_cases,
@@ -125,7 +125,7 @@ def test_what_lies_between_is_rounded_to_nearest_even(dtype: torch.dtype, isa: s
     assert torch.equal(negative, (x > 0) & (nearest(x, dtype) > 0))
 
 
-@parametrize_cases(KERNEL_CASES)
+@parametrize_cases(CPU_KERNEL_CASES)
 @pytest.mark.parametrize("isa", ISAS)
 def test_flushing_denormals_does_not_change_float16(case: Case, isa: str) -> None:
     """float16 subnormals are normal float32 numbers, and no rule makes smaller ones out of them."""

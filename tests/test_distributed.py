@@ -201,3 +201,27 @@ def test_two_processes_with_a_shard_each(tmp_path: Path) -> None:
     multiprocessing.spawn(train_shard, (tmp_path,), nprocs=2)
     shapes = [eval((tmp_path / str(rank)).read_text()) for rank in range(2)]
     assert shapes == [[(3, 4), (3,), (2, 6), (2,)], [(3, 4), (3,), (1, 6), (1,)]]
+
+
+def step_shards(rank: int, folder: Path) -> None:
+    mesh = start_group(folder, rank, 2)
+    said = {}
+    for shape, placement in (((4, 3), Shard(0)), ((5,), Shard(0)), ((4, 3), Replicate())):
+        param = Parameter(distribute_tensor(torch.ones(shape), mesh, [placement]))
+        param.grad = distribute_tensor(torch.ones(shape), mesh, [placement])
+        optimizer = pyoptim.AdamP([param])
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            said[str((shape, placement))] = str(error)
+            assert not optimizer.state
+    (folder / str(rank)).write_text(repr(list(said.values())))
+    distributed.destroy_process_group()
+
+
+def test_a_projection_refuses_parameters_that_no_process_holds(tmp_path: Path) -> None:
+    """Its sums would be those of the shard; vectors are never projected."""
+    multiprocessing.spawn(step_shards, (tmp_path,), nprocs=2)
+    for rank in range(2):
+        (message,) = eval((tmp_path / str(rank)).read_text())
+        assert "decides by sums over whole parameters; replicate" in message

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from cases import (
+    CPU_KERNEL_CASES,
     FLOATS,
     HALVES,
     KERNEL_CASES,
@@ -107,7 +108,7 @@ def run(optimizer: FusedOptimizer, steps: int = 2) -> list[Tensor]:
 # -- instruction sets, threads, alignment, sizes ---------------------------------------------------
 
 
-@parametrize_cases(KERNEL_CASES)
+@parametrize_cases(CPU_KERNEL_CASES)
 @parametrize_kernel_dtypes
 def test_every_instruction_set_gives_the_same_bits(
     case: Case, dtype: torch.dtype, state_dtype: torch.dtype | None
@@ -142,7 +143,7 @@ def test_threads_and_tasks_do_not_change_the_bits(size: int, dtype: torch.dtype)
             assert_same_bits(mine, expected, f"{threads} threads beside {others}")
 
 
-@parametrize_cases(KERNEL_CASES)
+@parametrize_cases(CPU_KERNEL_CASES)
 @parametrize_kernel_dtypes
 @parametrize_isas
 def test_alignment_does_not_change_the_bits(
@@ -156,7 +157,7 @@ def test_alignment_does_not_change_the_bits(
     assert_same_bits(moved, run(build(case, dtype, state_dtype, sizes)))
 
 
-@parametrize_cases(KERNEL_CASES)
+@parametrize_cases(CPU_KERNEL_CASES)
 @parametrize_kernel_dtypes
 @parametrize_isas
 def test_the_tail_computes_what_the_body_does(
@@ -307,7 +308,7 @@ def test_unscaling_in_the_step_equals_unscaling_before(
     assert_same_bits(*results)
 
 
-@parametrize_cases(KERNEL_CASES)
+@parametrize_cases(CPU_KERNEL_CASES)
 def test_a_step_with_found_inf_changes_nothing(case: Case) -> None:
     optimizer = build(case, torch.float32, None, (33, 5))
     fresh = case.ours(parameters(((3,),), torch.float32))
@@ -326,7 +327,7 @@ def test_a_step_with_found_inf_changes_nothing(case: Case) -> None:
 # -- counters and plans ----------------------------------------------------------------------------
 
 
-@parametrize_cases([c for c in KERNEL_CASES if c.row.ours.counts_steps])
+@parametrize_cases([c for c in CPU_KERNEL_CASES if c.row.ours.counts_steps])
 @pytest.mark.parametrize("start", [2**24 - 3, 2**24, 2**31])
 def test_step_counters_are_exact_where_float32_cannot_count(case: Case, start: int) -> None:
     param = Parameter(torch.zeros(3))
@@ -339,7 +340,7 @@ def test_step_counters_are_exact_where_float32_cannot_count(case: Case, start: i
         assert optimizer.state[param]["step"].item() == start + t
 
 
-@parametrize_cases(KERNEL_CASES)
+@parametrize_cases(CPU_KERNEL_CASES)
 def test_the_second_step_takes_the_fast_path(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = build(case, torch.float32, None, (33, 5))
     optimizer.step()
@@ -356,7 +357,7 @@ def test_the_second_step_takes_the_fast_path(case: Case, monkeypatch: pytest.Mon
         assert not torch.equal(p, b)
 
 
-@parametrize_cases(KERNEL_CASES)
+@parametrize_cases(CPU_KERNEL_CASES)
 def test_a_plan_of_another_instruction_set_is_dropped(case: Case) -> None:
     NATIVE.set_isa(ISAS[-1])
     optimizer = build(case, torch.float32, None, (33,))

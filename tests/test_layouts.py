@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import (
     CASES,
+    CPU_KERNEL_CASES,
     KERNEL_CASES,
     KERNEL_DTYPES,
     TORCH_CASES,
@@ -215,7 +216,7 @@ def test_layouts_do_not_change_the_result(
 
 
 @parametrize_access
-@parametrize_cases(KERNEL_CASES)
+@parametrize_cases(CPU_KERNEL_CASES)
 @pytest.mark.parametrize("bit", ["neg", "conj"])
 def test_lazy_negation_and_conjugation_are_resolved(access: str, case: Case, bit: str) -> None:
     """Bits of a tensor that its memory does not show; the second step meets them in the plan."""
@@ -259,7 +260,7 @@ def test_a_channels_last_network_trains_as_with_torch(case: Case) -> None:
 
 
 @parametrize_access
-@parametrize_cases(KERNEL_CASES)
+@parametrize_cases(CPU_KERNEL_CASES)
 @pytest.mark.parametrize("steps_before", [0, 1, 2], ids=["first", "second", "third"])
 def test_a_step_between_forward_and_backward_raises(
     access: str, case: Case, steps_before: int
@@ -276,7 +277,7 @@ def test_a_step_between_forward_and_backward_raises(
         loss.backward()
 
 
-@parametrize_cases(KERNEL_CASES)
+@parametrize_cases(CPU_KERNEL_CASES)
 def test_only_what_was_stepped_counts_as_written(case: Case) -> None:
     stepped, left = Parameter(torch.ones(5)), Parameter(torch.ones(5))
     optimizer = case.ours([stepped, left])
@@ -292,7 +293,7 @@ def test_only_what_was_stepped_counts_as_written(case: Case) -> None:
 
 
 @parametrize_access
-@parametrize_cases(KERNEL_CASES)
+@parametrize_cases(CPU_KERNEL_CASES)
 @pytest.mark.parametrize("shift", [0, 1, 7])
 def test_a_gradient_over_its_parameters_memory_is_read_first(
     access: str, case: Case, shift: int
@@ -359,7 +360,7 @@ def windows() -> Tensor:
 
 
 @parametrize_access
-@parametrize_cases(KERNEL_CASES)
+@parametrize_cases(CPU_KERNEL_CASES)
 @pytest.mark.parametrize("make", [expanded, windows])
 @pytest.mark.parametrize("between_steps", [False, True], ids=["at_first", "between_steps"])
 def test_a_parameter_that_overlaps_itself_is_refused(
@@ -654,7 +655,7 @@ CHANGES = (moved_in_storage, transposed_in_place, of_another_dtype)
 
 
 @parametrize_access
-@parametrize_cases([c for c in KERNEL_CASES if c.state_names])
+@parametrize_cases([c for c in CPU_KERNEL_CASES if c.state_names])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_state_changed_within_its_memory_is_noticed(
     access: str, case: Case, change: Callable[[Tensor], None]
@@ -680,7 +681,7 @@ def test_state_changed_within_its_memory_is_noticed(
 
 
 @parametrize_access
-@parametrize_cases([c for c in KERNEL_CASES if c.state_names])
+@parametrize_cases([c for c in CPU_KERNEL_CASES if c.state_names])
 def test_state_that_shrinks_within_its_memory_is_refused(access: str, case: Case) -> None:
     use_access(access)
     param = Parameter(values((9,), torch.float32, 1))

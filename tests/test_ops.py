@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import (
     CASES,
-    KERNEL_CASES,
+    CPU_KERNEL_CASES,
     Case,
     assert_same_bits,
     give_grads,
@@ -52,7 +52,7 @@ def arguments(case: Case, **options: Any) -> list[Any]:
     return [optimizer.rule, params, grads, states, steps, sizes, counts, hypers, tensors, "auto"]
 
 
-@parametrize_cases(KERNEL_CASES)
+@parametrize_cases(CPU_KERNEL_CASES)
 def test_opcheck_passes(case: Case) -> None:
     results = torch.library.opcheck(torch.ops.pyoptim.step_.default, arguments(case))
     assert set(results.values()) == {"SUCCESS"}, results
@@ -141,7 +141,7 @@ def compiled(optimizer: Any, compiler: str) -> Any:
     return torch.compile(lambda: optimizer.step(), backend=compiler, fullgraph=True)
 
 
-@parametrize_cases(KERNEL_CASES)
+@parametrize_cases(CPU_KERNEL_CASES)
 def test_a_whole_graph_equals_steps(case: Case) -> None:
     assert_same_bits(trajectory(case, "eager"), trajectory(case, None))
 

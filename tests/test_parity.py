@@ -11,6 +11,7 @@ from cases import (
     DTYPE_IDS,
     FLOATS,
     HALVES,
+    PROJECTING,
     ROWS,
     SGD,
     TORCH_CASES,
@@ -161,5 +162,5 @@ def compare_half(
 
 
 def test_every_row_has_a_case_for_every_kernel() -> None:
-    for row in ROWS:
+    for row in (*ROWS, *PROJECTING):
         assert set(row.kernels) <= set(row.options), row.ours

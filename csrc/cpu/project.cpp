@@ -4,8 +4,8 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <deque>
+#include <memory>
 
 #include "cpu/engine.hpp"
 #include "reduce/order.hpp"
@@ -29,8 +29,8 @@ Elements moved(const Elements& from, const ProjectKernels& kernels, int64_t n) {
 }
 
 // Folds the sums of chunks, [n_chunks][kSums].
-void fold_partials(const std::vector<double>& partials, double* sums) {
-  const int64_t n_chunks = static_cast<int64_t>(partials.size()) / kSums;
+void fold_partials(const double* partials, int64_t n_chunks, double* sums) {
+  if (n_chunks == 1) return static_cast<void>(std::copy_n(partials, kSums, sums));
   const FoldKernel fold =
       active_kernels().fold[static_cast<int>(Fold::values)][static_cast<int>(DType::f64)];
   std::vector<double> column(n_chunks);
@@ -48,7 +48,7 @@ void sum_chunks(int64_t size, double* sums, const Visit& visit) {
   for (int64_t begin = 0; begin < size; begin += kChunk) {
     visit(begin, std::min(kChunk, size - begin), &partials[begin / kChunk * kSums]);
   }
-  fold_partials(partials, sums);
+  fold_partials(partials.data(), reduce::n_chunks(size), sums);
 }
 
 // Rows of dimension 0, each in one piece: where they are, or copied out of the tensor and back.
@@ -130,18 +130,17 @@ class Rows {
 // One tensor on its way through the phases of a step.
 class Tensor {
  public:
-  Tensor(const TableRow& row, const HyperBlock& hyper)
+  Tensor(const TableRow& row, const HyperBlock& hyper, double* partials)  // [n_chunks][kSums]
       : row_(row),
         kernels_(*row.project),
         hyper_(&hyper),
-        is_channel_(row.n_rows > 1 && row.numel > 0),
+        is_channel_(row.n_rows > 1),
         is_deferred_(kernels_.is_deferred(hyper_)),
-        partials_(row.n_rows > 0 ? kSums * n_chunks() : 0) {}
+        partials_(partials) {}
 
-  const TableRow& row() const { return row_; }
+  int64_t n_rows() const { return row_.n_rows; }
   int64_t row_size() const { return row_.numel / row_.n_rows; }
   int64_t n_chunks() const { return reduce::n_chunks(row_.numel); }
-  bool is_projecting() const { return row_.n_rows > 0 && row_.numel > 0; }
   bool is_channel() const { return is_channel_.load(std::memory_order_relaxed); }
 
   // Phase 0: ends at the first row, of any task, that is not at right angles to its gradient.
@@ -156,26 +155,30 @@ class Tensor {
     });
   }
 
-  // Phase 1 where every row was.
+  // Phase 1 where every row was. The directions of a row that is one chunk are still there when its
+  // sums are known.
   void project_rows(int64_t first, int64_t last) {
+    const std::unique_ptr<char[]> directions = new_directions(row_size());
+    const bool are_kept = row_size() <= kChunk;
     Rows(row_).for_each(first, last, true, [&](const Elements& at) {
       double sums[kSums];
       sum_chunks(row_size(), sums, [&](int64_t begin, int64_t n, double* of_chunk) {
-        kernels_.average(moved(at, kernels_, begin), hyper_, n, of_chunk);
+        kernels_.average(moved(at, kernels_, begin), hyper_, n, directions.get(), of_chunk);
       });
-      kernels_.write(at, hyper_, row_size(), sums);
+      kernels_.write(at, hyper_, row_size(), are_kept ? directions.get() : nullptr, sums);
       return true;
     });
   }
 
   // Phase 1 elsewhere, over chunks; `next` is wanted after the last.
   void sweep_chunks(int64_t first, int64_t last, const Elements* next) {
+    const std::unique_ptr<char[]> directions = new_directions(is_deferred_ ? row_.numel : 0);
     for (int64_t c = first; c < last; ++c) {
       const Elements at = chunk(c), following = chunk(c + 1);
-      double* const sums = &partials_[kSums * c];
+      double* const sums = partials_ + kSums * c;
       if (is_deferred_) {
         kernels_.check(at, size_of(c), sums);
-        kernels_.average(at, hyper_, size_of(c), sums);
+        kernels_.average(at, hyper_, size_of(c), directions.get(), sums);
       } else {
         kernels_.sweep(at, hyper_, size_of(c), sums, c + 1 < n_chunks() ? &following : next);
       }
@@ -184,14 +187,16 @@ class Tensor {
 
   // Phase 2: says whether chunks are to be finished.
   bool decide() {
-    fold_partials(partials_, sums_);
+    fold_partials(partials_, n_chunks(), sums_);
     is_layer_ = kernels_.is_orthogonal(hyper_, sums_, row_.numel);
     return is_layer_ || is_deferred_;
   }
 
   void finish_chunks(int64_t first, int64_t last) const {
     const int64_t end = std::min(last * kChunk, row_.numel), n = end - first * kChunk;
-    if (is_deferred_) return kernels_.write(chunk(first), hyper_, n, is_layer_ ? sums_ : nullptr);
+    if (is_deferred_) {
+      return kernels_.write(chunk(first), hyper_, n, nullptr, is_layer_ ? sums_ : nullptr);
+    }
     kernels_.repair(chunk(first), hyper_, n, sums_);
   }
 
@@ -203,13 +208,12 @@ class Tensor {
     if (decide()) finish_chunks(0, n_chunks());
   }
 
-  void update_plainly(int64_t begin, int64_t end, const TableRow* next) const {
-    row_.update(row_, hyper_, begin, end, next);
-  }
-
  private:
   Elements chunk(int64_t c) const { return moved(row_, kernels_, c * kChunk); }
   int64_t size_of(int64_t c) const { return std::min(kChunk, row_.numel - c * kChunk); }
+  std::unique_ptr<char[]> new_directions(int64_t n) const {
+    return std::unique_ptr<char[]>(new char[std::min(n, kChunk) * kernels_.direction_size]);
+  }
 
   const TableRow& row_;
   const ProjectKernels& kernels_;
@@ -217,7 +221,7 @@ class Tensor {
   std::atomic<bool> is_channel_;
   const bool is_deferred_;
   bool is_layer_ = false;
-  std::vector<double> partials_;  // [n_chunks][kSums]
+  double* const partials_;
   double sums_[kSums];
 };
 
@@ -264,12 +268,9 @@ void cut(int64_t tensor, int64_t units, int64_t size, std::vector<Piece>* pieces
 class Step {
  public:
   Step(const std::vector<const TableRow*>& rows, const std::vector<HyperBlock>& hypers)
-      : rows_(rows) {
+      : rows_(rows), hypers_(hypers) {
     int64_t total = 0;
-    for (const TableRow* row : rows) {
-      tensors_.emplace_back(*row, hypers[row->hyper]);
-      total += row->numel;
-    }
+    for (const TableRow* row : rows) total += row->numel;
     // One thread alone with a tensor of more than its share would keep the others waiting.
     whole_ = std::max(kTaskElements, std::min(kWholeElements, total / num_threads()));
   }
@@ -284,75 +285,93 @@ class Step {
 
   void run() {
     std::vector<Piece> pieces;
+    pieces.reserve(n());
     for (int64_t t = 0; t < n(); ++t) {
-      if (!tensors_[t].is_projecting()) {
+      if (!is_projecting(t)) {
         cut(t, rows_[t]->numel, 1, &pieces);
-      } else if (is_large(t)) {
-        large_.push_back(t);
+      } else if (rows_[t]->numel > whole_) {
+        large_.emplace_back(t, *rows_[t], hyper(t));
       } else {
         pieces.push_back({t, 0, 1, rows_[t]->numel});
       }
     }
-    run_pieces(pieces, [&](const Piece& piece) {
-      Tensor& tensor = tensors_[piece.tensor];
-      if (tensor.is_projecting()) return tensor.update(next(piece.tensor));
-      tensor.update_plainly(piece.begin, piece.end, next(piece.tensor));
-    });
-    if (!large_.empty()) run_large();
-  }
-
- private:
-  int64_t n() const { return static_cast<int64_t>(rows_.size()); }
-  bool is_large(int64_t t) const { return rows_[t]->numel > whole_; }
-  const TableRow* next(int64_t t) const { return t + 1 < n() ? rows_[t + 1] : nullptr; }
-
-  void run_large() {
+    run_pieces(pieces, [&](const Piece& piece) { update(piece); });
+    if (large_.empty()) return;
     check_large();
     sweep_large();
     finish_large();
   }
 
+ private:
+  // A tensor whose phases are not in one task.
+  struct Large {
+    int64_t index;
+    std::vector<double> partials;
+    Tensor tensor;
+
+    Large(int64_t t, const TableRow& row, const HyperBlock& hyper)
+        : index(t),
+          partials(kSums * reduce::n_chunks(row.numel)),
+          tensor(row, hyper, partials.data()) {}
+  };
+
+  int64_t n() const { return static_cast<int64_t>(rows_.size()); }
+  bool is_projecting(int64_t t) const { return rows_[t]->n_rows > 0 && rows_[t]->numel > 0; }
+  const HyperBlock& hyper(int64_t t) const { return hypers_[rows_[t]->hyper]; }
+  const TableRow* next(int64_t t) const { return t + 1 < n() ? rows_[t + 1] : nullptr; }
+
+  void update(const Piece& piece) const {
+    const int64_t t = piece.tensor;
+    const TableRow& row = *rows_[t];
+    if (!is_projecting(t)) return row.update(row, &hyper(t), piece.begin, piece.end, next(t));
+    double partials[kSums * (kWholeElements / kChunk)];
+    Tensor(row, hyper(t), partials).update(next(t));
+  }
+
   void check_large() {
     std::vector<Piece> pieces;
-    for (const int64_t t : large_) {
-      if (tensors_[t].is_channel()) cut(t, rows_[t]->n_rows, tensors_[t].row_size(), &pieces);
+    for (int64_t i = 0; i < n_large(); ++i) {
+      if (tensor(i).is_channel()) cut(i, tensor(i).n_rows(), tensor(i).row_size(), &pieces);
     }
     run_pieces(pieces, [&](const Piece& piece) {
-      Tensor& tensor = tensors_[piece.tensor];
-      if (tensor.is_channel()) tensor.check_rows(piece.begin, piece.end);
+      if (tensor(piece.tensor).is_channel())
+        tensor(piece.tensor).check_rows(piece.begin, piece.end);
     });
   }
 
   void sweep_large() {
     std::vector<Piece> pieces;
-    for (const int64_t t : large_) {
-      if (tensors_[t].is_channel()) {
-        cut(t, rows_[t]->n_rows, tensors_[t].row_size(), &pieces);
+    for (int64_t i = 0; i < n_large(); ++i) {
+      if (tensor(i).is_channel()) {
+        cut(i, tensor(i).n_rows(), tensor(i).row_size(), &pieces);
       } else {
-        cut(t, tensors_[t].n_chunks(), kChunk, &pieces);
+        cut(i, tensor(i).n_chunks(), kChunk, &pieces);
       }
     }
     run_pieces(pieces, [&](const Piece& piece) {
-      Tensor& tensor = tensors_[piece.tensor];
-      if (tensor.is_channel()) return tensor.project_rows(piece.begin, piece.end);
-      tensor.sweep_chunks(piece.begin, piece.end, next(piece.tensor));
+      Tensor& t = tensor(piece.tensor);
+      if (t.is_channel()) return t.project_rows(piece.begin, piece.end);
+      t.sweep_chunks(piece.begin, piece.end, next(large_[piece.tensor].index));
     });
   }
 
   void finish_large() {
     std::vector<Piece> pieces;
-    for (const int64_t t : large_) {
-      if (tensors_[t].is_channel() || !tensors_[t].decide()) continue;
-      cut(t, tensors_[t].n_chunks(), kChunk, &pieces);
+    for (int64_t i = 0; i < n_large(); ++i) {
+      if (tensor(i).is_channel() || !tensor(i).decide()) continue;
+      cut(i, tensor(i).n_chunks(), kChunk, &pieces);
     }
     run_pieces(pieces, [&](const Piece& piece) {
-      tensors_[piece.tensor].finish_chunks(piece.begin, piece.end);
+      tensor(piece.tensor).finish_chunks(piece.begin, piece.end);
     });
   }
 
+  int64_t n_large() const { return static_cast<int64_t>(large_.size()); }
+  Tensor& tensor(int64_t i) { return large_[i].tensor; }
+
   const std::vector<const TableRow*>& rows_;
-  std::deque<Tensor> tensors_;
-  std::vector<int64_t> large_;
+  const std::vector<HyperBlock>& hypers_;
+  std::deque<Large> large_;
   int64_t whole_;
 };
 

@@ -29,25 +29,37 @@ PYOPTIM_HD void put(E* to, const X& x) {
   }
 }
 
-// A number or a vector of them in float64.
-PYOPTIM_HD double widen_to_double(double x) { return x; }
-PYOPTIM_HD double widen_to_double(float x) { return x; }
-PYOPTIM_HD DoubleV widen_to_double(DoubleV x) { return x; }
-PYOPTIM_HD Pair widen_to_double(FloatV x) { return widen_floats(x); }
+// Numbers in float64: as many vectors as one of X takes.
+template <class X>
+struct Wide {
+  using D = std::conditional_t<std::is_scalar_v<X>, double, DoubleV>;
+  static constexpr int kParts = std::is_same_v<X, FloatV> ? 2 : 1;
+  static constexpr int64_t kStep = sizeof(D) / sizeof(double);
+  D part[kParts];
 
-// lane += x*y, from 0 in the first round.
-template <class E, bool kFirst>
-PYOPTIM_HD void add_to_lane(double* lane, double x, double y) {
-  *lane = (kFirst ? 0.0 : *lane) + x * y;
-}
-template <class E, bool kFirst>
-PYOPTIM_HD void add_to_lane(double* lane, DoubleV x, DoubleV y) {
-  store_vector(lane, add_product<E>(kFirst ? DoubleV{} : load_vector(lane), x, y));
-}
-template <class E, bool kFirst>
-PYOPTIM_HD void add_to_lane(double* lane, const Pair& x, const Pair& y) {
-  add_to_lane<E, kFirst>(lane, x.low, y.low);
-  add_to_lane<E, kFirst>(lane + kDoubles, x.high, y.high);
+  Wide() {}
+  PYOPTIM_HD explicit Wide(X x) {
+    if constexpr (kParts == 2) {
+      const Pair wide = widen_floats(x);
+      part[0] = wide.low;
+      part[1] = wide.high;
+    } else {
+      part[0] = x;
+    }
+  }
+};
+
+// The lane from 0, or what it holds, + x*y.
+template <class E, bool kFirst, class X>
+PYOPTIM_HD void add_to_lane(double* lane, const Wide<X>& x, const Wide<X>& y) {
+  for (int k = 0; k < Wide<X>::kParts; ++k, lane += Wide<X>::kStep) {
+    if constexpr (std::is_scalar_v<X>) {
+      *lane += x.part[k] * y.part[k];
+    } else {
+      const DoubleV sum = kFirst ? DoubleV{} : load_vector(lane);
+      store_vector(lane, add_product<E>(sum, x.part[k], y.part[k]));
+    }
+  }
 }
 
 // The lanes of kCount sums over at most a chunk, in the order of reduce/order.hpp.
@@ -57,26 +69,21 @@ struct Lanes {
 
   Lanes() {}  // 32 KiB that the first round writes
 
-  // Before elements from `begin` on are added that no vector holds, in the first round.
+  // What no vector of the first round writes.
   PYOPTIM_HD void clear(int64_t begin, int64_t end) {
     for (int k = 0; k < kCount; ++k) {
       for (int64_t l = begin; l < end; ++l) of[k][l] = 0.0;
     }
   }
 
-  // Of n elements; each has been added.
   PYOPTIM_HD void fold(int64_t n, double* sums) {
-    const int64_t width = lanes_in_use(n);
-    for (int k = 0; k < kCount; ++k) {
-      for (int64_t l = n; l < width; ++l) of[k][l] = 0.0;
-      sums[k] = fold_lanes<Fold::values>(of[k], width);
-    }
+    for (int k = 0; k < kCount; ++k) sums[k] = fold_lanes<Fold::values>(of[k], lanes_in_use(n));
   }
 };
 
-// Calls body.at<X, kFirst>(i, fetch) for all of [0, n), X a vector or, at the end, one element;
-// kFirst in the first round of lanes. Elements i of `fetch` are wanted soon: those kPrefetchBytes
-// further on, at last those of `next`.
+// Calls body.at<X, kFirst>(i, fetch) for all of [0, n): for the vectors, at the end for single
+// elements; kFirst in the first round of lanes. Elements i of `fetch` are wanted soon: those
+// kPrefetchBytes further on, at last those of `next`.
 template <class P, class S, class Body>
 PYOPTIM_HD void for_elements(int64_t n,
                              Body& body,
@@ -87,18 +94,16 @@ PYOPTIM_HD void for_elements(int64_t n,
   constexpr int64_t kWidth = kVectorBytes / sizeof(T);
   const int64_t ahead = kPrefetchBytes / static_cast<int64_t>(sizeof(P));
   const int64_t whole = n - n % kWidth, turn = std::max<int64_t>(0, whole - ahead);
-  for (int64_t begin = 0, end; begin < whole; begin = end) {
-    end = begin < turn ? turn : whole;
-    const Arrays<P, S> fetch = begin < turn ? own.moved(ahead) : next.moved(-turn);
-    if (Body::kCount > 0 && begin < kLanes) {
-      end = std::min<int64_t>(end, kLanes);
-      for (int64_t i = begin; i < end; i += kWidth) body.template at<X, true>(i, fetch);
-    } else {
-      for (int64_t i = begin; i < end; i += kWidth) body.template at<X, false>(i, fetch);
-    }
+  const Arrays<P, S> later = own.moved(ahead), after = next.moved(-turn);
+  int64_t i = 0;
+  if constexpr (Body::kCount > 0) {
+    const int64_t end = std::min<int64_t>(whole, kLanes);
+    for (; i < end; i += kWidth) body.template at<X, true>(i, later);
+    if (whole < kLanes) body.lanes.clear(whole, lanes_in_use(n));
   }
-  if (whole < kLanes) body.lanes.clear(whole, n);
-  for (int64_t i = whole; i < n; ++i) body.template at<T, false>(i, own);
+  for (; i < turn; i += kWidth) body.template at<X, false>(i, later);
+  for (; i < whole; i += kWidth) body.template at<X, false>(i, after);
+  for (; i < n; ++i) body.template at<T, false>(i, own);
 }
 
 // Gradient times weight and their squares.
@@ -114,7 +119,7 @@ struct Check {
     X p, g;
     get(at_.param + i, &p);
     get(at_.grad + i, &g);
-    const auto weight = widen_to_double(p), grad = widen_to_double(g);
+    const Wide<X> weight(p), grad(g);
     const int64_t l = i % kLanes;
     add_to_lane<P, kFirst>(&lanes.of[kGradWeight][l], grad, weight);
     add_to_lane<P, kFirst>(&lanes.of[kGradGrad][l], grad, grad);
@@ -129,17 +134,37 @@ void check_chunk(const Elements& at, int64_t n, double* sums) {
   check.lanes.fold(n, sums);
 }
 
-// Updates the averages, with kWrites the parameter too, and adds up the last kSummed sums.
+// Updates the averages, with kWrites the parameter too, and adds up the last kSummed sums. Keeps
+// the directions where there is room for them.
 template <class Rule, int V, class P, class S, int kSummed, bool kWrites>
 struct Sweep {
   static constexpr int kStates = Rule::kStates[V], kCount = kSummed;
+  using T = typename Compute<P>::type;
   const typename Rule::Hyper h;
   const Arrays<P, S> at_;
+  T* const kept;
   Lanes<kSummed> lanes;
 
   template <class X, bool kFirst>
   PYOPTIM_HD void at(int64_t i, const Arrays<P, S>& fetch) {
+    Wide<X> weight, grad, direction;
     fetch.template prefetch<kStates>(i);
+    step(i, &weight, &grad, &direction);
+    constexpr int kSkipped = kSums - kSummed;
+    const int64_t l = i % kLanes;
+    if constexpr (kSummed > 2) {
+      add_to_lane<P, kFirst>(&lanes.of[kGradWeight][l], grad, weight);
+      add_to_lane<P, kFirst>(&lanes.of[kGradGrad][l], grad, grad);
+    }
+    if constexpr (kSummed > 0) {
+      add_to_lane<P, kFirst>(&lanes.of[kWeightWeight - kSkipped][l], weight, weight);
+      add_to_lane<P, kFirst>(&lanes.of[kDirectionWeight - kSkipped][l], direction, weight);
+    }
+  }
+
+ private:
+  template <class X>
+  PYOPTIM_HD void step(int64_t i, Wide<X>* weight, Wide<X>* grad, Wide<X>* direction) const {
     X p, g, a, b = {};
     get(at_.param + i, &p);
     get(at_.grad + i, &g);
@@ -148,51 +173,46 @@ struct Sweep {
     Rule::template average<V>(h, g, a, b);
     put(at_.s0 + i, a);
     if constexpr (kStates > 1) put(at_.s1 + i, b);
-    if constexpr (sizeof(S) < sizeof(typename Compute<P>::type)) {
+    if constexpr (sizeof(S) < sizeof(T)) {
       get(at_.s0 + i, &a);
       if constexpr (kStates > 1) get(at_.s1 + i, &b);
     }
     const X u = Rule::template direction<V>(h, g, a, b);
-    if constexpr (kSummed > 0) add<X, kFirst>(i % kLanes, p, g, u);
+    if constexpr (kSummed > 0) *weight = Wide<X>(p);
+    if constexpr (kSummed > 2) *grad = Wide<X>(g);
+    if constexpr (kSummed > 0) *direction = Wide<X>(u);
     if constexpr (kWrites) {
       write_plain(h, p, u);
       put(at_.param + i, p);
+    } else {
+      put(kept + i, u);
     }
-  }
-
- private:
-  template <class X, bool kFirst>
-  PYOPTIM_HD void add(int64_t l, X p, X g, X u) {
-    constexpr int kSkipped = kSums - kSummed;
-    const auto weight = widen_to_double(p);
-    if constexpr (kSkipped == 0) {
-      const auto grad = widen_to_double(g);
-      add_to_lane<P, kFirst>(&lanes.of[kGradWeight][l], grad, weight);
-      add_to_lane<P, kFirst>(&lanes.of[kGradGrad][l], grad, grad);
-    }
-    add_to_lane<P, kFirst>(&lanes.of[kWeightWeight - kSkipped][l], weight, weight);
-    add_to_lane<P, kFirst>(&lanes.of[kDirectionWeight - kSkipped][l], widen_to_double(u), weight);
   }
 };
 
-// Writes the parameter from stored averages.
-template <class Rule, int V, class P, class S, class Write>
+// Writes the parameter from kept directions, or from stored averages.
+template <class Rule, int V, class P, class S, class Write, bool kIsKept>
 struct Rewrite {
   static constexpr int kStates = Rule::kStates[V], kCount = 0;
   const typename Rule::Hyper h;
   const Arrays<P, S> at_;
   const Write write;
-  Lanes<0> lanes;
+  const typename Compute<P>::type* const kept;
 
   template <class X, bool>
   PYOPTIM_HD void at(int64_t i, const Arrays<P, S>& fetch) {
-    fetch.template prefetch<kStates>(i);
-    X p, g = {}, a, b = {};
+    X p, u;
     get(at_.param + i, &p);
-    if constexpr (Rule::kReadsGrad[V]) get(at_.grad + i, &g);
-    get(at_.s0 + i, &a);
-    if constexpr (kStates > 1) get(at_.s1 + i, &b);
-    X u = Rule::template direction<V>(h, g, a, b);
+    if constexpr (kIsKept) {
+      get(kept + i, &u);
+    } else {
+      fetch.template prefetch<kStates>(i);
+      X g = {}, a, b = {};
+      if constexpr (Rule::kReadsGrad[V]) get(at_.grad + i, &g);
+      get(at_.s0 + i, &a);
+      if constexpr (kStates > 1) get(at_.s1 + i, &b);
+      u = Rule::template direction<V>(h, g, a, b);
+    }
     write(h, p, u);
     put(at_.param + i, p);
     if constexpr (Write::kProjects && Rule::kProjectsBuffer[V]) put(at_.s0 + i, u);
@@ -239,39 +259,52 @@ struct Projected {
       const TableRow& row, const void* hyper, int64_t begin, int64_t end, const TableRow* next) {
     const Arrays<P, S> arrays = Arrays<P, S>(row).moved(begin);
     const bool is_alike = next && next->update == row.update;
-    Sweep<Rule, V, P, S, 0, true> sweep{of(hyper), arrays, {}};
+    Sweep<Rule, V, P, S, 0, true> sweep{of(hyper), arrays, nullptr, {}};
     for_elements(end - begin, sweep, arrays, is_alike ? Arrays<P, S>(*next) : arrays);
   }
 
   static void sweep(
       const Elements& at, const void* hyper, int64_t n, double* sums, const Elements* next) {
     const Arrays<P, S> arrays(at);
-    Sweep<Rule, V, P, S, kSums, true> sweep{of(hyper), arrays, {}};
+    Sweep<Rule, V, P, S, kSums, true> sweep{of(hyper), arrays, nullptr, {}};
     for_elements(n, sweep, arrays, next ? Arrays<P, S>(*next) : arrays);
     sweep.lanes.fold(n, sums);
   }
 
-  static void average(const Elements& at, const void* hyper, int64_t n, double* sums) {
+  static void average(
+      const Elements& at, const void* hyper, int64_t n, void* directions, double* sums) {
     const Arrays<P, S> arrays(at);
-    Sweep<Rule, V, P, S, kSums - kWeightWeight, false> sweep{of(hyper), arrays, {}};
+    T* const kept = static_cast<T*>(directions);
+    Sweep<Rule, V, P, S, kSums - kWeightWeight, false> sweep{of(hyper), arrays, kept, {}};
     for_elements(n, sweep, arrays, arrays);
     sweep.lanes.fold(n, sums + kWeightWeight);
   }
 
-  template <class Write>
-  static void rewrite(const Elements& at, const void* hyper, int64_t n, const Write& write) {
+  template <bool kIsKept, class Write>
+  static void rewrite(const Elements& at,
+                      const void* hyper,
+                      int64_t n,
+                      const Write& write,
+                      const void* directions = nullptr) {
     const Arrays<P, S> arrays(at);
-    Rewrite<Rule, V, P, S, Write> body{of(hyper), arrays, write, {}};
+    const T* const kept = static_cast<const T*>(directions);
+    Rewrite<Rule, V, P, S, Write, kIsKept> body{of(hyper), arrays, write, kept};
     for_elements(n, body, arrays, arrays);
   }
 
-  static void write(const Elements& at, const void* hyper, int64_t n, const double* sums) {
-    if (sums == nullptr) return rewrite(at, hyper, n, WritePlain{});
-    rewrite(at, hyper, n, WriteProjected<T>{static_cast<T>(radial_part(of(hyper), sums))});
+  static void write(const Elements& at,
+                    const void* hyper,
+                    int64_t n,
+                    const void* directions,
+                    const double* sums) {
+    if (sums == nullptr) return rewrite<false>(at, hyper, n, WritePlain{});
+    const WriteProjected<T> projected{static_cast<T>(radial_part(of(hyper), sums))};
+    if (directions == nullptr) return rewrite<false>(at, hyper, n, projected);
+    rewrite<true>(at, hyper, n, projected, directions);
   }
 
   static void repair(const Elements& at, const void* hyper, int64_t n, const double* sums) {
-    rewrite(at, hyper, n, WriteRepaired<T>{Repair<T>(of(hyper), sums)});
+    rewrite<false>(at, hyper, n, WriteRepaired<T>{Repair<T>(of(hyper), sums)});
   }
 
   static bool is_orthogonal(const void* hyper, const double* sums, int64_t size) {
@@ -283,6 +316,7 @@ struct Projected {
   static ProjectKernels kernels() {
     return {static_cast<int>(sizeof(P)),
             static_cast<int>(sizeof(S)),
+            static_cast<int>(sizeof(T)),
             Rule::kStates[V],
             check_chunk<P>,
             sweep,

@@ -129,10 +129,25 @@ PYOPTIM_HD void add_rounds(const Terms<kFold, E>& terms, int64_t begin, int64_t 
   }
 }
 
+// Three times half of the lanes onto the other half, for kDoubles of those that are left.
+template <Fold kFold>
+PYOPTIM_HD void fold_eight(double* lanes, int64_t stride) {
+  DoubleV half[4];
+  for (int k = 0; k < 4; ++k) {
+    half[k] =
+        fold_two<kFold>(load_vector(lanes + k * stride), load_vector(lanes + (k + 4) * stride));
+  }
+  const DoubleV even = fold_two<kFold>(half[0], half[2]), odd = fold_two<kFold>(half[1], half[3]);
+  store_vector(lanes, fold_two<kFold>(even, odd));
+}
+
 // Folds the upper half of the lanes onto the lower until one is left. Lanes from n on are 0, which
 // changes no other: they are folded only as far as `width`, a power of two.
 template <Fold kFold>
 PYOPTIM_HD double fold_lanes(double* lanes, int64_t width) {
+  for (; width >= 8 * kDoubles; width /= 8) {
+    for (int64_t l = 0; l < width / 8; l += kDoubles) fold_eight<kFold>(lanes + l, width / 8);
+  }
   for (int64_t half = width / 2; half > 0; half /= 2) {
     int64_t l = 0;
     for (; l + kDoubles <= half; l += kDoubles) {
