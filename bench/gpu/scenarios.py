@@ -49,6 +49,20 @@ OPTIONS: dict[str, tuple[Options, ...]] = {
         {"sparse_counter": False},
         {"beta": 0, "sparse_counter": False, "eps": 1e-3},
     ),
+    # Of the matrices, a delta of 1e6 projects every row, one of 1 some whole tensors; a decay of
+    # more than a half is written in a sweep of its own.
+    "AdamP": (
+        {},
+        {"delta": 1e6, "weight_decay": 0.2},
+        {"delta": 1.0, "nesterov": True, "maximize": True},
+        {"delta": 1.0, "weight_decay": 12.0, "wd_ratio": 0.3},
+    ),
+    "SGDP": (
+        {"momentum": 0.9},
+        {"delta": 1e6, "momentum": 0.9, "weight_decay": 0.02},
+        {"delta": 1.0, "momentum": 0.8, "nesterov": True, "maximize": True},
+        {"delta": 1e6, "momentum": 0.9, "project_buffer": False, "dampening": 0.3},
+    ),
 }
 DTYPES = (
     *("float32", "bfloat16", "float16", "bfloat16+float32", "float16+float32", "float64"),

@@ -15,7 +15,6 @@ from cases import (
     parametrize_kernel_dtypes,
 )
 from emulated import RULES, Emulator, Factors, Row
-from engines import running
 from projected import DECISIONS, SHAPES, Shape, Training, is_intact
 
 from pyoptim import backend
@@ -32,8 +31,9 @@ PLAIN = Case(ADAMP, "weight_decay")
 
 @pytest.fixture(autouse=True)
 def engine(emulator: Emulator) -> Iterator[None]:
-    with running("cuda"):
-        yield
+    assert backend.load_cuda_engine(emulator.library._name) is None
+    yield
+    backend.load_cuda_engine(None)
 
 
 def check(training: Training, n_steps: int = 2) -> None:
