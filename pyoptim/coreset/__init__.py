@@ -1,0 +1,48 @@
+"""Coresets: which samples to keep, what they weigh, and training with their weights."""
+
+from pyoptim.coreset.broadcast import broadcast_weights
+from pyoptim.coreset.features import Features, extract_features
+from pyoptim.coreset.gradients import craig, facility_location, glister, gradmatch
+from pyoptim.coreset.greedy import herding, k_center_greedy
+from pyoptim.coreset.methods import METHODS, select
+from pyoptim.coreset.moderate import moderate, moderate_scores
+from pyoptim.coreset.scores import (
+    ForgettingCounter,
+    by_score,
+    el2n,
+    el2n_scores,
+    forgetting,
+    grand,
+    grand_scores,
+    random,
+    uncertainty,
+    uncertainty_scores,
+)
+from pyoptim.coreset.selection import Selection
+
+__all__ = [
+    "METHODS",
+    "Features",
+    "ForgettingCounter",
+    "Selection",
+    "broadcast_weights",
+    "by_score",
+    "craig",
+    "el2n",
+    "el2n_scores",
+    "extract_features",
+    "facility_location",
+    "forgetting",
+    "glister",
+    "gradmatch",
+    "grand",
+    "grand_scores",
+    "herding",
+    "k_center_greedy",
+    "moderate",
+    "moderate_scores",
+    "random",
+    "select",
+    "uncertainty",
+    "uncertainty_scores",
+]
