@@ -1,6 +1,7 @@
 """Coresets: which samples to keep, what they weigh, and training with their weights."""
 
 from pyoptim.coreset.broadcast import broadcast_weights
+from pyoptim.coreset.cwerm import CWERM, CWERMResult
 from pyoptim.coreset.features import Features, extract_features
 from pyoptim.coreset.gradients import craig, facility_location, glister, gradmatch
 from pyoptim.coreset.greedy import herding, k_center_greedy
@@ -19,12 +20,16 @@ from pyoptim.coreset.scores import (
     uncertainty_scores,
 )
 from pyoptim.coreset.selection import Selection
+from pyoptim.coreset.training import Training, learn_weights, train_weighted
 
 __all__ = [
+    "CWERM",
     "METHODS",
+    "CWERMResult",
     "Features",
     "ForgettingCounter",
     "Selection",
+    "Training",
     "broadcast_weights",
     "by_score",
     "craig",
@@ -39,10 +44,12 @@ __all__ = [
     "grand_scores",
     "herding",
     "k_center_greedy",
+    "learn_weights",
     "moderate",
     "moderate_scores",
     "random",
     "select",
+    "train_weighted",
     "uncertainty",
     "uncertainty_scores",
 ]
