@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.autograd import forward_ad
+from torch.autograd.forward_ad import make_dual, unpack_dual
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
@@ -16,6 +18,8 @@ from pyoptim.adam import Adam
 
 NORMALIZATIONS = ("n", "sum")
 META_GRADIENTS = ("forward", "double_backward")
+# In torch's errors for operators, out= functions and autograd.Functions without forward mode.
+NO_FORWARD_MODE = ("forward AD", "forward mode AD")
 
 Losses = Callable[[Any, Any], Tensor]
 Params = dict[str, Tensor]
@@ -265,17 +269,14 @@ class MetaReweighter:
         self, before: _Snapshot, trained: Mapping[str, Tensor], direction: Params, x: Any, y: Any
     ) -> Tensor:
         """a, [n]: the derivatives of the losses along a direction of the parameters."""
-
-        def losses(params: Params) -> Tensor:
-            return self.loss_fn(before.call(self.model, params, x), y)
-
-        point = {name: p.detach() for name, p in trained.items()}
         try:
-            with torch.no_grad(), before.random_state():
-                along: Tensor = jvp(losses, (point,), (direction,))[1]
-                return along.detach()
+            with torch.no_grad(), before.random_state(), forward_ad.dual_level():
+                params = {n: make_dual(p.detach(), direction[n]) for n, p in trained.items()}
+                losses = self.loss_fn(before.call(self.model, params, x), y)
+                value, along = unpack_dual(losses)
+                return torch.zeros_like(value) if along is None else along
         except (NotImplementedError, RuntimeError) as error:
-            if "forward" not in str(error).lower():
+            if not any(words in str(error) for words in NO_FORWARD_MODE):
                 raise
             raise RuntimeError(
                 "an operation of the model has no forward-mode derivative in torch; use "
