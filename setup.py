@@ -59,7 +59,7 @@ X86_ISAS = {
     "avx512": AVX512_FLAGS,
     "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16"],
 }
-# The coreset filter fuses multiplications and additions where it says so; its results are certified.
+# The coreset filter multiplies and adds in one instruction; its results are certified in float64.
 FUSED_FLAGS = ["-mfma"]
 ISA_FLAGS = {"baseline": [], **(X86_ISAS if IS_X86 else {})}
 ISAS = list(ISA_FLAGS)

@@ -74,7 +74,7 @@ struct Tile {
 // The products of kStrip rows of x and a panel, over n elements.
 PYOPTIM_HD void multiply(const float* x, int64_t ld, const float* y, int64_t n, Tile* tile) {
   // Elements of the panel asked for ahead: they come from the second-level cache.
-  constexpr int64_t kAhead = 8;
+  constexpr int64_t kAhead = 16;
   FloatV sums[kStrip][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kStrip; ++r) {
@@ -126,15 +126,22 @@ __attribute__((noinline)) void keep(const Scan& work, int64_t row, FloatV low, F
   if (state.n_candidates + kMaxColumns > work.capacity) work.make_room(work.context, row);
 }
 
-// Compares the values of a strip with the thresholds of its rows.
+// Compares the values of a strip with the thresholds of its rows. The rows to keep are collected
+// first: a branch per row would be mispredicted several times per strip.
 PYOPTIM_HD void compare(const Scan& work, int64_t first_row, const Tile& tile) {
   const FloatV half_low = load_vector(work.half_norms);
   const FloatV half_high = load_vector(work.half_norms + kLanes);
+  RowState* const states = work.rows + first_row;
+  uint32_t rows = 0;
 #pragma GCC unroll 16
   for (int r = 0; r < kStrip; ++r) {
     const FloatV low = half_low - tile.sums[r][0], high = half_high - tile.sums[r][1];
-    const FloatV least = low < high ? low : high;
-    if (at_most(least, work.rows[first_row + r].threshold)) keep(work, first_row + r, low, high);
+    const uint32_t bits = at_most(low < high ? low : high, states[r].threshold);
+    rows |= static_cast<uint32_t>(bits != 0) << r;
+  }
+  for (; rows; rows &= rows - 1) {
+    const int r = __builtin_ctz(rows);
+    keep(work, first_row + r, half_low - tile.sums[r][0], half_high - tile.sums[r][1]);
   }
 }
 
@@ -149,20 +156,31 @@ PYOPTIM_HD void add_partial(float* partial, bool is_first, bool is_last, Tile* t
   }
 }
 
-void scan(const Scan& work) {
-  const int64_t n_blocks = work.d > kDepth ? (work.d + kDepth - 1) / kDepth : 1;
-  const int64_t depth = (work.d + n_blocks - 1) / n_blocks;
-  for (int64_t b = 0; b < n_blocks; ++b) {
-    const int64_t k = b * depth, n = k + depth < work.d ? depth : work.d - k;
+// All products in one run.
+void scan_shallow(const Scan& work) {
+  for (int64_t row = 0; row < work.n_rows; row += kStrip) {
+    Tile tile;
+    multiply(work.x + row * work.ld, work.ld, work.y, work.d, &tile);
+    compare(work, row, tile);
+  }
+}
+
+void scan_deep(const Scan& work) {
+  const int64_t n_runs = (work.d + kDepth - 1) / kDepth;
+  const int64_t depth = (work.d + n_runs - 1) / n_runs;
+  for (int64_t run = 0; run < n_runs; ++run) {
+    const int64_t k = run * depth, n = k + depth < work.d ? depth : work.d - k;
+    const bool is_last = run + 1 == n_runs;
     for (int64_t row = 0; row < work.n_rows; row += kStrip) {
       Tile tile;
       multiply(work.x + row * work.ld + k, work.ld, work.y + k * kColumns, n, &tile);
-      const bool is_last = b + 1 == n_blocks;
-      if (n_blocks > 1) add_partial(work.partial + row * kColumns, b == 0, is_last, &tile);
+      add_partial(work.partial + row * kColumns, run == 0, is_last, &tile);
       if (is_last) compare(work, row, tile);
     }
   }
 }
+
+void scan(const Scan& work) { work.d > kDepth ? scan_deep(work) : scan_shallow(work); }
 
 // -- packing -------------------------------------------------------------------------------------
 
@@ -206,6 +224,9 @@ PYOPTIM_HD void copy_tail(const E* from, int64_t n, E* to) {
   std::memcpy(to, from, n * sizeof(E));
 }
 
+// Elements asked for ahead.
+constexpr int64_t kPrefetch = 512;
+
 struct Sums {
   Pair squares, products;
 };
@@ -235,6 +256,7 @@ void pack_row(const PackRows& work, const E* x, int64_t row) {
   int64_t k = 0;
   for (; k + kLanes <= work.d; k += kLanes) {
     const float* const center = work.center ? work.center + k : zeros;
+    __builtin_prefetch(x + k + kPrefetch);
     const FloatV packed = pack_vector(x + k, work.scale, center);
     store_vector(out + k, packed);
     add_sums(packed, work.shift ? work.shift + k : nullptr, &sums);
@@ -290,14 +312,24 @@ PYOPTIM_HD void add_terms(const X* x, const Y* y, Pair* sums) {
   }
 }
 
+// Adds the upper half of the lanes to the lower until one is left.
 PYOPTIM_HD double fold_score(const Pair* sums) {
-  double lanes[kScoreLanes];
+  DoubleV parts[2 * kPairs];
   for (int p = 0; p < kPairs; ++p) {
-    store_vector(lanes + p * kLanes, sums[p].low);
-    store_vector(lanes + p * kLanes + kDoubles, sums[p].high);
+    parts[2 * p] = sums[p].low;
+    parts[2 * p + 1] = sums[p].high;
   }
-  for (int half = kScoreLanes / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+#pragma GCC unroll 4
+  for (int half = kPairs; half > 0; half /= 2) {
+#pragma GCC unroll 4
+    for (int p = 0; p < half; ++p) parts[p] += parts[p + half];
+  }
+  double lanes[kDoubles];
+  store_vector(lanes, parts[0]);
+#pragma GCC unroll 4
+  for (int64_t half = kDoubles / 2; half > 0; half /= 2) {
+#pragma GCC unroll 4
+    for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
   }
   return lanes[0];
 }

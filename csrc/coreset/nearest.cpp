@@ -238,11 +238,12 @@ struct Best {
 
   // In ascending order of (score, index).
   void insert(double score, int64_t index) {
-    int64_t at = k;
-    while (at > 0 && is_before(score, index, at - 1)) --at;
-    if (at == k) return;
-    std::memmove(scores + at + 1, scores + at, (k - 1 - at) * sizeof(*scores));
-    std::memmove(indices + at + 1, indices + at, (k - 1 - at) * sizeof(*indices));
+    if (!is_before(score, index, k - 1)) return;
+    int64_t at = k - 1;
+    for (; at > 0 && is_before(score, index, at - 1); --at) {
+      scores[at] = scores[at - 1];
+      indices[at] = indices[at - 1];
+    }
     scores[at] = score;
     indices[at] = index;
   }
@@ -434,6 +435,11 @@ class Task {
     best->insert(value, search_.first_index + search_.y.index(block_.column(column)));
   }
 
+  void lower_threshold(int64_t i, const Best& best) {
+    const float threshold = round_up(bound(i).threshold(best.worst()));
+    if (threshold < space_.states[i].threshold) space_.states[i].threshold = threshold;
+  }
+
   // Scores the candidates of a row, in the order of their values, until the rest is ruled out.
   void settle(int64_t i) {
     RowState& state = space_.states[i];
@@ -444,9 +450,7 @@ class Task {
     Best best = this->best(i);
     for (int32_t c = 0; c < state.n_candidates && list[c].value <= state.threshold; ++c) {
       insert(i, list[c].column, &best);
-      if (!best.is_full()) continue;
-      const float threshold = round_up(bound(i).threshold(best.worst()));
-      if (threshold < state.threshold) state.threshold = threshold;
+      if (c + 1 < state.n_candidates && best.is_full()) lower_threshold(i, best);
     }
     state.n_candidates = 0;
   }
@@ -464,7 +468,9 @@ class Task {
     const auto is_out = [&](const Candidate& c) { return c.value > state.threshold; };
     Candidate* const end = std::remove_if(list, list + state.n_candidates, is_out);
     state.n_candidates = static_cast<int32_t>(end - list);
-    if (state.n_candidates + 2 * kMaxColumns > work_.capacity) settle(i);
+    if (state.n_candidates + 2 * kMaxColumns <= work_.capacity) return;
+    settle(i);
+    if (best(i).is_full()) lower_threshold(i, best(i));
   }
 
   void finish(int64_t i) {
