@@ -5,6 +5,7 @@ Distances are float64 sums of squared differences of the given values, in one fi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -161,7 +162,7 @@ def class_medians(
     else:
         check_no_nan(features, "x")
         ends = counts.cumsum(0).tolist()
-        for c, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        for c, (start, end) in enumerate(itertools.pairwise([0, *ends])):
             out[c] = _plain_median(features[order[start:end].to(features.device)].double())
     return out.to(torch.promote_types(features.dtype, torch.float32))
 

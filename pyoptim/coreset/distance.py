@@ -282,7 +282,7 @@ def _groups(labels: Tensor) -> dict[int, Tensor]:
     if len(labels) == 0:
         return {}
     order = labels.argsort(stable=True)
-    values, counts = labels.unique(return_counts=True)
+    values, counts = torch.unique(labels, return_counts=True)
     ends = counts.cumsum(0).tolist()
     starts = [0, *ends[:-1]]
     return {v: order[a:b] for v, a, b in zip(values.tolist(), starts, ends, strict=True)}
