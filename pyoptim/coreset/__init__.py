@@ -1,7 +1,13 @@
-"""Coresets: which samples to keep, what they weigh, and training with their weights."""
+"""Coresets: which samples to keep, what they weigh, and training with their weights; exact search.
+
+The results of this package are functions of the values alone: they do not depend on the number of
+threads, on the instruction set, on memory layout or on how the data are cut into chunks.
+"""
 
 from pyoptim.coreset.broadcast import broadcast_weights
+from pyoptim.coreset.centers import CenterDistances, center_distances, class_medians
 from pyoptim.coreset.cwerm import CWERM, CWERMResult
+from pyoptim.coreset.distance import nearest, nearest_reference, pairwise_sqdist
 from pyoptim.coreset.features import Features, extract_features
 from pyoptim.coreset.gradients import craig, facility_location, glister, gradmatch
 from pyoptim.coreset.greedy import herding, k_center_greedy
@@ -26,12 +32,15 @@ __all__ = [
     "CWERM",
     "METHODS",
     "CWERMResult",
+    "CenterDistances",
     "Features",
     "ForgettingCounter",
     "Selection",
     "Training",
     "broadcast_weights",
     "by_score",
+    "center_distances",
+    "class_medians",
     "craig",
     "el2n",
     "el2n_scores",
@@ -47,6 +56,9 @@ __all__ = [
     "learn_weights",
     "moderate",
     "moderate_scores",
+    "nearest",
+    "nearest_reference",
+    "pairwise_sqdist",
     "random",
     "select",
     "train_weighted",
