@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.forward_ad import make_dual, unpack_dual
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -23,6 +22,7 @@ NO_FORWARD_MODE = ("forward AD", "forward mode AD")
 
 Losses = Callable[[Any, Any], Tensor]
 Params = dict[str, Tensor]
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
 class MetaWeightNet(nn.Module):
@@ -87,7 +87,9 @@ class MetaReweighter:
             or have requires_grad=False, stay constant. The virtual step takes the lr of each group.
         weight_net: a module from losses [n] to weights [n]; None makes a `MetaWeightNet` on the
             device and in the dtype of the model's parameters.
-        meta_optimizer: over the parameters of weight_net; None is Adam(lr=1e-3, weight_decay=1e-4).
+        meta_optimizer: over the parameters of weight_net, or a function that makes one from them;
+            None is Adam(lr=1e-3, weight_decay=1e-4), as the source's code for noisy labels. That is
+            made for tens of thousands of steps: with a thousand, weights hardly leave their start.
         loss_fn: (outputs, targets) -> [n] losses; None is cross-entropy per sample.
         normalize: "n": weights are divided by the number of samples; "sum": by their sum.
         detach: whether V sees losses that count as constants in the virtual step (the source's
@@ -113,7 +115,7 @@ class MetaReweighter:
         optimizer: Optimizer,
         *,
         weight_net: nn.Module | None = None,
-        meta_optimizer: Optimizer | None = None,
+        meta_optimizer: Optimizer | MakeOptimizer | None = None,
         loss_fn: Losses | None = None,
         normalize: str = "n",
         detach: bool = True,
@@ -136,8 +138,9 @@ class MetaReweighter:
         if weight_net is None:
             weight_net = MetaWeightNet().to(first.device, first.dtype)
         self.weight_net = weight_net
-        if meta_optimizer is None:
-            meta_optimizer = Adam(weight_net.parameters(), lr=1e-3, weight_decay=1e-4)
+        if not isinstance(meta_optimizer, Optimizer):
+            make = _default_meta_optimizer if meta_optimizer is None else meta_optimizer
+            meta_optimizer = make(weight_net.parameters())
         self.meta_optimizer = meta_optimizer
         self.steps = 0
 
@@ -271,9 +274,9 @@ class MetaReweighter:
         """a, [n]: the derivatives of the losses along a direction of the parameters."""
         try:
             with torch.no_grad(), before.random_state(), forward_ad.dual_level():
-                params = {n: make_dual(p.detach(), direction[n]) for n, p in trained.items()}
+                params = {n: _dual(p.detach(), direction[n]) for n, p in trained.items()}
                 losses = self.loss_fn(before.call(self.model, params, x), y)
-                value, along = unpack_dual(losses)
+                value, along = forward_ad.unpack_dual(losses)  # type: ignore[no-untyped-call]
                 return torch.zeros_like(value) if along is None else along
         except (NotImplementedError, RuntimeError) as error:
             if not any(words in str(error) for words in NO_FORWARD_MODE):
@@ -371,6 +374,15 @@ def _arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _call(model: nn.Module, x: Any) -> Any:
     args, kwargs = _arguments(x)
     return model(*args, **kwargs)
+
+
+def _dual(value: Tensor, direction: Tensor) -> Tensor:
+    dual: Tensor = forward_ad.make_dual(value, direction)  # type: ignore[no-untyped-call]
+    return dual
+
+
+def _default_meta_optimizer(params: Iterable[nn.Parameter]) -> Optimizer:
+    return Adam(params, lr=1e-3, weight_decay=1e-4)
 
 
 def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from pyoptim.coreset.scores import (
     uncertainty_scores,
 )
 from pyoptim.coreset.selection import Selection
+from pyoptim.coreset.sharded import select_sharded
 from pyoptim.coreset.training import Training, learn_weights, train_weighted
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "pairwise_sqdist",
     "random",
     "select",
+    "select_sharded",
     "train_weighted",
     "uncertainty",
     "uncertainty_scores",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyoptim.coreset._stand_in import nearest
+from pyoptim.coreset.distance import nearest
 from pyoptim.coreset.selection import check_labels, matrix
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from pyoptim.coreset._stand_in import k_center_step
+from pyoptim.coreset.centers import CenterDistances
 from pyoptim.coreset.progress import track
 from pyoptim.coreset.selection import (
     Selection,
@@ -52,30 +54,57 @@ def k_center_greedy(
     """
     x = matrix("features", features)
     n = len(x)
-    is_initial = torch.zeros(n, dtype=torch.bool, device=x.device)
-    if initial is not None:
-        is_initial[_checked_initial(initial, n)] = True
-    free = int((~is_initial).sum())
     count = resolve_budget(n, fraction, budget)
-    if count > free:
-        raise ValueError(f"{count} samples are wanted, but {n - free} of the {n} are initial")
+    is_initial = _initial_mask(initial, n, count).to(x.device)
 
     def pick(members: Tensor, k: int) -> Tensor:
         rows = x if len(members) == n else x[members]
-        return _farthest(rows, k, is_initial[members], generator, progress)
+        return _farthest(CenterDistances(rows), k, is_initial[members], generator, progress)
 
     return Selection(pick_in_scope(n, count, labels, scope, x.device, pick))
 
 
-def _checked_initial(initial: Tensor, n: int) -> Tensor:
-    check_labels("initial", initial, len(initial))
-    if len(initial) and not 0 <= int(initial.min()) <= int(initial.max()) < n:
-        raise ValueError(f"initial must be in 0..{n - 1}, got {initial.tolist()}")
-    return initial.long()
+class Distances(Protocol):
+    """What k-center asks of the data; `CenterDistances` is one."""
+
+    def add(self, center: int, /) -> tuple[int, float]: ...
+
+
+def pick_farthest(
+    distances: Distances,
+    n: int,
+    count: int,
+    initial: Tensor | None,
+    generator: torch.Generator | None,
+    progress: bool,
+    device: torch.device,
+) -> Selection:
+    """`k_center_greedy` with scope="global" from distances that may be computed anywhere."""
+    is_initial = _initial_mask(initial, n, count).to(device)
+    chosen = _farthest(distances, count, is_initial, generator, progress)
+    return Selection(chosen.sort().values)
+
+
+def _initial_mask(initial: Tensor | None, n: int, count: int) -> Tensor:
+    """[n], bool; leaves `count` samples free."""
+    is_initial = torch.zeros(n, dtype=torch.bool)
+    if initial is not None:
+        check_labels("initial", initial, len(initial))
+        if len(initial) and not 0 <= int(initial.min()) <= int(initial.max()) < n:
+            raise ValueError(f"initial must be in 0..{n - 1}, got {initial.tolist()}")
+        is_initial[initial.cpu().long()] = True
+    free = int((~is_initial).sum())
+    if count > free:
+        raise ValueError(f"{count} samples are wanted, but {n - free} of the {n} are initial")
+    return is_initial
 
 
 def _farthest(
-    x: Tensor, k: int, is_initial: Tensor, generator: torch.Generator | None, progress: bool
+    distances: Distances,
+    k: int,
+    is_initial: Tensor,
+    generator: torch.Generator | None,
+    progress: bool,
 ) -> Tensor:
     free = int((~is_initial).sum())
     if k > free:
@@ -83,24 +112,21 @@ def _farthest(
             f"a class has {free} samples beside the initial ones, but its share is {k}; "
             'use scope="global" or a smaller budget'
         )
-    min_sqdist = torch.full((len(x),), float("inf"), dtype=torch.float64, device=x.device)
-    centers = is_initial.nonzero().squeeze(1).tolist()
-    chosen = []
-    if not centers:
-        centers = chosen = [int(torch.randint(len(x), (), generator=generator))]
-    chosen = list(chosen)
-    following = 0
-    for center in centers:
-        following = _add_center(x, center, min_sqdist)
+    is_taken = is_initial.clone()
+    chosen: list[int] = []
+    if not bool(is_taken.any()):
+        chosen = [int(torch.randint(len(is_taken), (), generator=generator))]
+        is_taken[chosen] = True
+    farthest, sqdist = 0, 0.0
+    for center in is_taken.nonzero().squeeze(1).tolist():
+        farthest, sqdist = distances.add(center)
     for _ in track(range(k - len(chosen)), "k-center", progress):
-        chosen.append(following)
-        following = _add_center(x, following, min_sqdist)
-    return torch.tensor(chosen, device=x.device)
-
-
-def _add_center(x: Tensor, center: int, min_sqdist: Tensor) -> int:
-    min_sqdist[center] = -1.0  # below all others, so that it is never the farthest again
-    return k_center_step(x, x[center], min_sqdist)
+        if sqdist == 0.0:  # all that is left coincides with a centre, and so may what is farthest
+            farthest = int((~is_taken).int().argmax())
+        chosen.append(farthest)
+        is_taken[farthest] = True
+        farthest, sqdist = distances.add(farthest)
+    return torch.tensor(chosen, device=is_initial.device)
 
 
 def herding(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyoptim.coreset._stand_in import center_distances, class_medians
+from pyoptim.coreset.centers import center_distances, class_medians
 from pyoptim.coreset.selection import (
     Selection,
     check_choice,
@@ -36,7 +36,7 @@ def moderate_scores(features: Tensor, labels: Tensor, *, center: str = "median")
     x = matrix("features", features)
     numbers, num_classes = class_numbers(labels, len(x), x.device)
     if center == "median":
-        centers = class_medians(x, numbers, num_classes)
+        centers = class_medians(x, numbers, num_classes).to(x.dtype)
     else:
         centers = _class_means(x, numbers, num_classes)
     return center_distances(x, numbers, centers)
@@ -73,8 +73,23 @@ def moderate(
     Source: Xia et al., Moderate coreset, ICLR 2023, section 3; tmllab/2023_ICLR_Moderate-DS.
     Differs: a class with one sample has that sample as its centre.
     """
-    check_choice("rule", rule, RULES)
     distances = moderate_scores(features, labels, center=center)
+    return select_middle(
+        distances, labels, fraction=fraction, budget=budget, scope=scope, rule=rule
+    )
+
+
+def select_middle(
+    distances: Tensor,
+    labels: Tensor,
+    *,
+    fraction: float | None = None,
+    budget: int | None = None,
+    scope: str = "global",
+    rule: str = "window",
+) -> Selection:
+    """`moderate` from the distances [n] to the centres."""
+    check_choice("rule", rule, RULES)
     n = len(distances)
     count = resolve_budget(n, fraction, budget)
     if fraction is not None and scope == "global" and rule == "window":

@@ -108,9 +108,9 @@ def test_moderate_of_one_class_scope_keeps_the_middle_ranks_of_each_class() -> N
 
 def test_a_class_of_one_sample_is_its_own_center() -> None:
     x, labels = torch.tensor([[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]]), torch.tensor([0, 0, 5])
-    assert coreset.moderate_scores(x, labels).tolist() == [2**0.5, 2**0.5, 0.0]
-    means = coreset.moderate_scores(x, labels, center="mean")
-    assert means.tolist() == [2**0.5, 2**0.5, 0.0]
+    for center in ("median", "mean"):
+        distances = coreset.moderate_scores(x, labels, center=center).tolist()
+        assert distances == pytest.approx([2**0.5, 2**0.5, 0.0], rel=1e-15)
 
 
 def members(labels: Tensor) -> list[Tensor]:
