@@ -16,6 +16,7 @@ import shutil
 import statistics
 import sys
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +56,21 @@ class Scale:
     features: str = "autoencoder"
     readout: str = "average"
     same_class: bool = True
+    meta_lr: float = 1e-3
+    normalize: str = "n"
+    coreset_lr: float = 0.1
+
+    def meta_options(self) -> dict[str, Any]:
+        """Arguments of the MetaReweighter, for W-ERM and CW-ERM alike."""
+
+        def make_adam(params: Any) -> pyoptim.Adam:
+            return pyoptim.Adam(params, lr=self.meta_lr, weight_decay=1e-4)
+
+        return {"meta_optimizer": make_adam, "normalize": self.normalize}
+
+    def make_coreset_sgd(self, params: Any) -> pyoptim.SGD:
+        """The paper's optimizer, with the lr of the reweighting stage."""
+        return pyoptim.SGD(params, lr=self.coreset_lr, momentum=0.9, weight_decay=5e-4)
 
 
 @dataclass(frozen=True)
@@ -182,15 +198,21 @@ def train(task: Task, method: str, scale: Scale, seed: int, work: Path) -> dict[
         model = timed("train", lambda: coreset.train_weighted(task.train, full, checkpoint=file))
     elif method == "w-erm":
         learn = lambda: coreset.learn_weights(  # noqa: E731
-            task.train, task.labels, full, meta=task.meta, checkpoint=work / "w-erm.pt"
+            task.train,
+            task.labels,
+            full,
+            meta=task.meta,
+            options=scale.meta_options(),
+            checkpoint=work / "w-erm.pt",
         )
         _, model = timed("reweight", learn)
     elif method == "cw-erm":
         features = timed("features", lambda: make_features(task, scale.features, seed))
         pipeline = CWERM(
             full,
-            small,
+            replace(small, make_optimizer=scale.make_coreset_sgd),
             fraction=scale.fraction,
+            meta_options=scale.meta_options(),
             readout=scale.readout,
             same_class=scale.same_class,
             directory=work / "cw-erm",
@@ -248,7 +270,9 @@ def run(arguments: argparse.Namespace, scale: Scale) -> list[dict[str, Any]]:
                 key = {"setting": setting, "seed": seed, "method": method, "scale": vars(scale)}
                 if any(all(row[k] == v for k, v in key.items()) for row in rows):
                     continue
-                work = arguments.out / "work" / f"{setting}-{seed}-{method}"
+                # Named after the scale, so that no run goes on where another one was.
+                of_scale = f"{zlib.crc32(repr(scale).encode()):08x}"
+                work = arguments.out / "work" / f"{setting}-{seed}-{method}-{of_scale}"
                 row = {**key, **train(task, method, scale, seed, work)}
                 rows.append(row)
                 _write(file, json.dumps(rows, indent=1))
@@ -260,6 +284,7 @@ def run(arguments: argparse.Namespace, scale: Scale) -> list[dict[str, Any]]:
                     file=sys.stderr,
                     flush=True,
                 )
+    shutil.rmtree(arguments.out / "work", ignore_errors=True)
     return [row for row in rows if row["scale"] == vars(scale)]
 
 
@@ -282,7 +307,9 @@ def table(rows: Sequence[dict[str, Any]], scale: Scale) -> str:
     lines = [
         f"{scale.samples} samples at most, {scale.epochs} epochs ({scale.coreset_epochs} on a "
         f"coreset), fraction {scale.fraction}, features: {scale.features}, readout: "
-        f"{scale.readout}, same_class: {scale.same_class}; torch {torch.__version__}, "
+        f"{scale.readout}, same_class: {scale.same_class}, meta lr {scale.meta_lr}, weights "
+        f"divided by {scale.normalize}, lr on the coreset {scale.coreset_lr}; "
+        f"torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads.",
         "",
         "| setting | method | seeds | accuracy % | minutes | x ERM | reweighting min |",
@@ -382,7 +409,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Scale]:
     for name in ("samples", "epochs", "coreset-epochs"):
         value = getattr(default, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
-    parser.add_argument("--fraction", type=float, default=default.fraction)
+    for name in ("fraction", "meta-lr", "coreset-lr"):
+        value = getattr(default, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=float, default=value, help=f"default {value}")
+    parser.add_argument("--normalize", choices=("n", "sum"), default=default.normalize)
     parser.add_argument("--features", choices=("autoencoder", "pixels"), default=default.features)
     parser.add_argument("--readout", choices=("average", "last"), default=default.readout)
     parser.add_argument("--any-class", action="store_true", help="neighbours of any label")
@@ -397,6 +427,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Scale]:
         found.features,
         found.readout,
         not found.any_class,
+        found.meta_lr,
+        found.normalize,
+        found.coreset_lr,
     )
 
 
