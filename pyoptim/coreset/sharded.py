@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -64,7 +63,9 @@ def select_sharded(
         ValueError: an argument is not as described, on any process: all of them raise.
     """
     check_choice("method", method, tuple(METHODS))
-    shards = _Shards(group)
+    if not isinstance(data, Tensor):
+        raise TypeError(f"data must be a tensor, got {type(data).__name__}")
+    shards = _Shards(group, data.device)
     x = shards.checked(lambda: _local(method, data, labels, options))
     all_labels = None if labels is None else shards.gather(labels.to(data.device))
     if "generator" in inspect.signature(METHODS[method]).parameters:
@@ -171,7 +172,7 @@ class _ShardedDistances:
         self.shards.broadcast(center, owner)
         farthest, sqdist = self.own.add(center)
         found = torch.tensor([[sqdist, float(farthest)]], dtype=torch.float64, device=self.x.device)
-        of_ranks = self.shards.gather(found)
+        of_ranks = self.shards.gather(found, [1] * self.shards.world)
         best = int(of_ranks[:, 0].argmax())  # the first rank, and so the lowest number, on ties
         return self.starts[best] + int(of_ranks[best, 1]), float(of_ranks[best, 0])
 
@@ -182,13 +183,13 @@ class _ShardedDistances:
 class _Shards:
     """Collectives over rows that are not equally many in all processes."""
 
-    def __init__(self, group: ProcessGroup | None) -> None:
+    def __init__(self, group: ProcessGroup | None, device: torch.device) -> None:
         if not (distributed.is_available() and distributed.is_initialized()):
             raise RuntimeError(
                 "torch.distributed is not initialized; call torch.distributed.init_process_group() "
                 "first, or use select() in a single process"
             )
-        self.group = group
+        self.group, self.device = group, device  # NCCL takes tensors of GPUs only
         self.rank = distributed.get_rank(group)
         self.world = distributed.get_world_size(group)
 
@@ -214,16 +215,17 @@ class _Shards:
         return result
 
     def sizes(self, n: int) -> list[int]:
-        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
-        distributed.all_gather(counts, torch.tensor([n]), group=self.group)
+        own = torch.tensor([n], device=self.device)
+        counts = [torch.empty_like(own) for _ in range(self.world)]
+        distributed.all_gather(counts, own, group=self.group)
         return [int(count) for count in counts]
 
     def start(self, n: int) -> int:
         return sum(self.sizes(n)[: self.rank])
 
-    def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, in the order of ranks."""
-        sizes = self.sizes(len(rows))
+    def gather(self, rows: Tensor, sizes: list[int] | None = None) -> Tensor:
+        """The rows of all processes, in the order of ranks; `sizes` where they are known."""
+        sizes = self.sizes(len(rows)) if sizes is None else sizes
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in sizes]
@@ -234,6 +236,9 @@ class _Shards:
         distributed.broadcast(tensor, group_src=rank, group=self.group)
 
     def same_generator(self) -> torch.Generator:
-        seed = torch.randint(math.floor(2**62), (1,)) if self.rank == 0 else torch.zeros(1).long()
+        seed = torch.zeros(1, dtype=torch.int64)
+        if self.rank == 0:
+            seed = torch.randint(2**62, (1,))
+        seed = seed.to(self.device)
         self.broadcast(seed, 0)
         return torch.Generator().manual_seed(int(seed))
