@@ -94,7 +94,9 @@ class MetaReweighter:
         normalize: "n": weights are divided by the number of samples; "sum": by their sum.
         detach: whether V sees losses that count as constants in the virtual step (the source's
             code for noisy labels); False adds V's own derivative there (for class imbalance).
-        interval: a meta step in every `interval`-th step, the first included.
+        interval: a meta step in every `interval`-th step.
+        warmup: steps before the first meta step. As long as the network knows nothing, weights of
+            large losses rise, and those of wrong labels with them.
         virtual_lr: lr of the virtual step; None is that of the optimizer's groups.
         meta_gradient: "forward", or "double_backward", the plain form, slower and with more memory.
 
@@ -120,6 +122,7 @@ class MetaReweighter:
         normalize: str = "n",
         detach: bool = True,
         interval: int = 1,
+        warmup: int = 0,
         virtual_lr: float | None = None,
         meta_gradient: str = "forward",
     ) -> None:
@@ -131,7 +134,10 @@ class MetaReweighter:
             raise ValueError(f"virtual_lr must be above 0, got {virtual_lr!r}")
         self.model, self.optimizer = model, optimizer
         self.loss_fn = _cross_entropy if loss_fn is None else loss_fn
-        self.normalize, self.detach, self.interval = normalize, detach, interval
+        if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
+            raise ValueError(f"warmup must be an int of at least 0, got {warmup!r}")
+        self.normalize, self.detach = normalize, detach
+        self.interval, self.warmup = interval, warmup
         self.virtual_lr, self.meta_gradient = virtual_lr, meta_gradient
         trained = self._trained()
         first = next(iter(trained.values()))
@@ -160,7 +166,7 @@ class MetaReweighter:
         is_meta = self.needs_meta_batch
         if is_meta and meta_y is None:
             raise ValueError(
-                "this step includes a meta step (see interval); pass meta_x and meta_y"
+                "this step includes a meta step (see needs_meta_batch); pass meta_x and meta_y"
             )
         with _restored_on_error(self.model), torch.enable_grad():
             before = _Snapshot(self.model, x) if is_meta else None
@@ -180,7 +186,8 @@ class MetaReweighter:
     @property
     def needs_meta_batch(self) -> bool:
         """Whether the next step includes a meta step."""
-        return self.steps % self.interval == 0
+        since = self.steps - self.warmup
+        return since >= 0 and since % self.interval == 0
 
     @torch.no_grad()
     def weights(self, losses: Tensor) -> Tensor:

@@ -217,18 +217,19 @@ def test_batch_norm_counts_one_batch_per_step_and_a_query_none() -> None:
     assert norm.num_batches_tracked == 1
 
 
-def test_meta_steps_come_at_their_interval() -> None:
-    made = reweighter(MODELS["tied"], interval=3)
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_meta_steps_come_after_the_warmup_at_their_interval(warmup: int) -> None:
+    made = reweighter(MODELS["tied"], interval=3, warmup=warmup)
     seen = []
     for step in range(7):
         before = flat([p.detach().clone() for p in made.weight_net.parameters()])
-        assert made.needs_meta_batch == (step % 3 == 0)
+        assert made.needs_meta_batch == (step in range(warmup, 7, 3))
         meta = batch(9, 2) if made.needs_meta_batch else ()
         done = made.step(*batch(13, step), *meta)
         after = flat([p.detach() for p in made.weight_net.parameters()])
         assert torch.equal(before, after) == (done.meta_loss is None)
         seen.append(done.meta_loss is not None)
-    assert seen == [True, False, False, True, False, False, True]
+    assert seen == [step in range(warmup, 7, 3) for step in range(7)]
 
 
 def test_weights_fall_for_wrong_labels() -> None:
@@ -369,6 +370,7 @@ def test_wrong_options_are_named() -> None:
         ({"normalize": "mean"}, "normalize must be one of 'n', 'sum'; got 'mean'"),
         ({"meta_gradient": "exact"}, "meta_gradient must be one of"),
         ({"interval": 0}, "interval must be an int of at least 1, got 0"),
+        ({"warmup": -1}, "warmup must be an int of at least 0, got -1"),
         ({"virtual_lr": -1.0}, r"virtual_lr must be above 0, got -1\.0"),
     ):
         with pytest.raises(ValueError, match=message):
