@@ -59,14 +59,17 @@ class Scale:
     meta_lr: float = 1e-3
     normalize: str = "n"
     coreset_lr: float = 0.1
+    warmup: float = 0.0
 
-    def meta_options(self) -> dict[str, Any]:
+    def meta_options(self, samples: int, epochs: int) -> dict[str, Any]:
         """Arguments of the MetaReweighter, for W-ERM and CW-ERM alike."""
 
         def make_adam(params: Any) -> pyoptim.Adam:
             return pyoptim.Adam(params, lr=self.meta_lr, weight_decay=1e-4)
 
-        return {"meta_optimizer": make_adam, "normalize": self.normalize}
+        steps = epochs * -(-samples // Training.batch_size)
+        warmup = round(self.warmup * steps)
+        return {"meta_optimizer": make_adam, "normalize": self.normalize, "warmup": warmup}
 
     def make_coreset_sgd(self, params: Any) -> pyoptim.SGD:
         """The paper's optimizer, with the lr of the reweighting stage."""
@@ -202,7 +205,7 @@ def train(task: Task, method: str, scale: Scale, seed: int, work: Path) -> dict[
             task.labels,
             full,
             meta=task.meta,
-            options=scale.meta_options(),
+            options=scale.meta_options(len(task.labels), scale.epochs),
             checkpoint=work / "w-erm.pt",
         )
         _, model = timed("reweight", learn)
@@ -212,7 +215,9 @@ def train(task: Task, method: str, scale: Scale, seed: int, work: Path) -> dict[
             full,
             replace(small, make_optimizer=scale.make_coreset_sgd),
             fraction=scale.fraction,
-            meta_options=scale.meta_options(),
+            meta_options=scale.meta_options(
+                round(scale.fraction * len(task.labels)), scale.coreset_epochs
+            ),
             readout=scale.readout,
             same_class=scale.same_class,
             directory=work / "cw-erm",
@@ -308,7 +313,8 @@ def table(rows: Sequence[dict[str, Any]], scale: Scale) -> str:
         f"{scale.samples} samples at most, {scale.epochs} epochs ({scale.coreset_epochs} on a "
         f"coreset), fraction {scale.fraction}, features: {scale.features}, readout: "
         f"{scale.readout}, same_class: {scale.same_class}, meta lr {scale.meta_lr}, weights "
-        f"divided by {scale.normalize}, lr on the coreset {scale.coreset_lr}; "
+        f"divided by {scale.normalize}, lr on the coreset {scale.coreset_lr}, "
+        f"warm-up {scale.warmup} of the steps; "
         f"torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads.",
         "",
@@ -409,7 +415,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Scale]:
     for name in ("samples", "epochs", "coreset-epochs"):
         value = getattr(default, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
-    for name in ("fraction", "meta-lr", "coreset-lr"):
+    for name in ("fraction", "meta-lr", "coreset-lr", "warmup"):
         value = getattr(default, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=float, default=value, help=f"default {value}")
     parser.add_argument("--normalize", choices=("n", "sum"), default=default.normalize)
@@ -430,6 +436,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Scale]:
         found.meta_lr,
         found.normalize,
         found.coreset_lr,
+        found.warmup,
     )
 
 
