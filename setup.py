@@ -59,6 +59,8 @@ X86_ISAS = {
     "avx512": AVX512_FLAGS,
     "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16"],
 }
+# The coreset filter multiplies and adds in one instruction; its results are certified in float64.
+FUSED_FLAGS = ["-mfma"]
 ISA_FLAGS = {"baseline": [], **(X86_ISAS if IS_X86 else {})}
 ISAS = list(ISA_FLAGS)
 LINK_FLAGS = ["-bundle", "-undefined", "dynamic_lookup"] if IS_MAC else ["-shared", "-ldl"]
@@ -222,13 +224,15 @@ def cpu_units() -> Units:
 
     includes = [*python_includes(), f"-I{pybind11.get_include()}"]
     found: Units = {"csrc/bindings.cpp": ("csrc/bindings.cpp", includes)}
-    for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+    paths = [p for folder in ("cpu", "coreset") for p in (ROOT / "csrc" / folder).glob("*.cpp")]
+    for path in sorted(paths):
         source = path.relative_to(ROOT).as_posix()
         isa = path.stem.removeprefix("isa_")
         if isa == path.stem:
             found[source] = (source, [])
         elif isa in ISAS:
-            found[source] = (source, [*KERNEL_FLAGS, *ISA_FLAGS[isa]])
+            fused = FUSED_FLAGS if path.parent.name == "coreset" and ISA_FLAGS[isa] else []
+            found[source] = (source, [*KERNEL_FLAGS, *ISA_FLAGS[isa], *fused])
     return found
 
 

@@ -11,49 +11,8 @@ namespace {
 using reduce::kLanes;
 using reduce::weigh;
 
-constexpr int64_t kDoubles = kVectorBytes / sizeof(double);
 constexpr int64_t kPair = 2 * kDoubles;  // elements of one vector of float32
 static_assert(kLanes % kPair == 0, "a round is whole vectors");
-
-// Consecutive elements in float64.
-struct Pair {
-  DoubleV low, high;
-};
-
-// gcc 12 makes three times the instructions of __builtin_convertvector here.
-#if defined(__AVX512F__)
-PYOPTIM_HD Pair widen_floats(FloatV x) {
-  return {(DoubleV)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)),
-          (DoubleV)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1))};
-}
-#elif defined(__AVX2__)
-PYOPTIM_HD Pair widen_floats(FloatV x) {
-  return {(DoubleV)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)),
-          (DoubleV)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1))};
-}
-#elif defined(__x86_64__)
-PYOPTIM_HD Pair widen_floats(FloatV x) {
-  const __m128 upper = _mm_movehl_ps((__m128)x, (__m128)x);
-  return {(DoubleV)_mm_cvtps_pd((__m128)x), (DoubleV)_mm_cvtps_pd(upper)};
-}
-#else
-PYOPTIM_HD Pair widen_floats(FloatV x) {
-  Pair wide;
-  for (int64_t i = 0; i < kDoubles; ++i) {
-    wide.low[i] = x[i];
-    wide.high[i] = x[i + kDoubles];
-  }
-  return wide;
-}
-#endif
-
-PYOPTIM_HD Pair load_pair(const double* from) {
-  return {load_vector(from), load_vector(from + kDoubles)};
-}
-template <class E>
-PYOPTIM_HD Pair load_pair(const E* from) {
-  return widen_floats(load_vector(from));
-}
 
 // sum + x*y. A product of float32 numbers is exact in float64, so that fusing changes no bit.
 template <class E>

@@ -1,0 +1,102 @@
+// The border of the coreset kernels that are compiled once per instruction set: raw memory in and
+// out. Python-free and torch-free.
+//
+// Two kinds of arithmetic. *Scores* are the result: float64, 16 partial sums over the elements
+// k mod 16, folded in halves, every operation rounded once; the same bits on every instruction set.
+// The *filter* only decides which pairs are scored: float32 with fused multiply-adds in whatever
+// order is fastest, its error bounded in coreset/bound.hpp.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.hpp"
+
+namespace pyoptim::coreset {
+
+// The longest run of products that the filter adds up before it adds the sum to a partial result:
+// short runs have small errors, and a panel of this depth stays in the second-level cache.
+constexpr int64_t kDepth = 512;
+
+// The widest panel of any instruction set; a row may gain so many candidates at once.
+constexpr int kMaxColumns = 32;
+
+// A column that the filter could not rule out.
+struct Candidate {
+  float value;     // of the filter
+  int32_t column;  // within the block of y
+};
+
+// What the filter knows of a row of x.
+struct RowState {
+  float threshold;  // columns above it are ruled out; NaN rules out all
+  float lowest;     // the smallest value so far
+  float slack;      // twice the error bound of a value
+  int32_t n_candidates;
+};
+
+// Rows of x as the filter reads them: x * scale - center, rounded to float32.
+struct PackRows {
+  const void* data;
+  DType dtype;
+  int64_t stride;       // elements between rows
+  const int64_t* rows;  // which rows [n_rows], or null: 0, 1, ...
+  int64_t n_rows, d;
+  double scale;         // a power of two
+  const float* center;  // [d], or null
+  const float* shift;   // [d], or null: with which products are summed up
+  int64_t ld;           // floats between packed rows, at least d rounded up to 16
+  float* out;           // [n_rows][ld]
+  double* squares;      // [n_rows]: sums of squares of the packed rows
+  double* products;     // [n_rows]: products of the packed rows with shift
+};
+
+// One panel of columns against packed rows.
+struct Scan {
+  const float* x;           // [n_rows][ld]
+  int64_t ld, n_rows, d;    // n_rows: a multiple of the strip
+  const float* y;           // [d][columns]
+  const float* half_norms;  // [columns]
+  uint32_t valid;           // the columns that exist, a bit for each
+  int32_t first_column;
+  float* partial;         // [n_rows][columns], where d is above kDepth
+  RowState* rows;         // [n_rows]
+  Candidate* candidates;  // [n_rows][capacity]
+  int32_t capacity;       // at least 2 * kMaxColumns
+  bool only_nearest;      // k = 1: the lowest value lowers the threshold
+  // Makes room for kMaxColumns more candidates of a row.
+  void (*make_room)(void* context, int64_t row);
+  void* context;
+};
+
+// In the order of the metrics' kernels: the sum of squared differences, of products.
+enum class Score : int { sqdist = 0, dot = 1, count = 2 };
+using ScoreKernel = double (*)(const void* x, const void* y, int64_t d);
+
+// Distances of rows to one centre, the smallest so far, and the row where that is largest.
+struct CenterStep {
+  const void* data;
+  DType dtype;
+  int64_t stride, d;
+  const double* center;  // [d]
+  double* min_sqdist;    // updated in place
+  int64_t begin, end;    // rows
+  double largest;        // of the updated distances
+  int64_t row;           // the lowest that has it, -1 when there is none
+  int64_t nan_row;       // the first whose distance is no number, -1 when there is none
+};
+
+struct Kernels {
+  const char* isa;
+  int strip;    // rows of x that are multiplied together
+  int columns;  // of a panel
+  void (*pack_rows)(const PackRows& work);
+  void (*scan)(const Scan& work);
+  ScoreKernel score[static_cast<int>(Score::count)][4];  // by DType
+  ScoreKernel to_center[4];                              // sqdist; y is float64
+  void (*step_center)(CenterStep* work);
+};
+
+// Those of the instruction set in use.
+const Kernels& active_kernels();
+
+}  // namespace pyoptim::coreset

@@ -1,0 +1,264 @@
+"""CW-ERM: weights are learnt on a coreset, given to all samples, and used to train on all."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from pyoptim.coreset.broadcast import broadcast_weights
+from pyoptim.coreset.methods import METHODS, select
+from pyoptim.coreset.selection import Selection, check_choice, check_labels, matrix
+from pyoptim.coreset.training import (
+    READOUTS,
+    Training,
+    learn_weights,
+    plain,
+    save_atomically,
+    train_weighted,
+)
+
+SCALES = ("mean", "none")
+
+
+class CWERMResult(NamedTuple):
+    """What `CWERM.fit` has made.
+
+    Attributes:
+        model: the network trained on all samples, in training mode.
+        selection: the coreset; its weights are the learnt ones.
+        weights: [n], float64; of all samples.
+        seconds: of the stages "select", "reweight", "broadcast" and "train", also of earlier runs
+            that were interrupted.
+    """
+
+    model: nn.Module
+    selection: Selection
+    weights: Tensor
+    seconds: dict[str, float]
+
+
+class CWERM:
+    """The four stages as one object; each can also be called by itself.
+
+        selection = pipeline.select(features, labels)
+        coreset_weights = pipeline.reweight(data, labels, selection.indices, meta)
+        weights = pipeline.broadcast(features, labels, selection.indices, coreset_weights)
+        model = pipeline.train(data, weights)
+
+    Args:
+        training: how the final network is trained on all samples.
+        reweighting: how the network of the reweighting stage is trained on the coreset; None is as
+            `training`, with as many epochs.
+        fraction, budget: size of the coreset; without either, the paper's fraction of 0.01.
+        method: a name in `METHODS`; "moderate" in the paper.
+        method_options: further arguments of the method. The paper leaves open whether classes are
+            balanced; here the default is {"scope": "class"}, so that every class has neighbours of
+            its own.
+            Random methods draw from the seed of `training`.
+        meta_options: arguments of `pyoptim.reweight.MetaReweighter`.
+        readout: how weights are read at the end, as for `learn_weights`; open in the paper.
+        same_class: whether the neighbour must have the sample's label; open in the paper.
+        metric: of the nearest-neighbour search; open in the paper.
+        scale: "mean": weights of all samples are divided by their mean, so that the learning rate
+            keeps its meaning; "none": as learnt. Open in the paper.
+        directory: where stages and epochs are saved. A second `fit` with the same settings and data
+            continues there and gives the same result; with others it raises. None saves nothing.
+
+    Raises:
+        ValueError: an argument is not as described.
+
+    Source: "Classification via coreset reweighting" (CW-ERM), algorithm 1, equations 2 and 3.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        reweighting: Training | None = None,
+        *,
+        fraction: float | None = None,
+        budget: int | None = None,
+        method: str = "moderate",
+        method_options: Mapping[str, Any] | None = None,
+        meta_options: Mapping[str, Any] | None = None,
+        readout: str = "average",
+        same_class: bool = True,
+        metric: str = "sqeuclidean",
+        scale: str = "mean",
+        directory: str | Path | None = None,
+    ) -> None:
+        check_choice("method", method, tuple(METHODS))
+        check_choice("readout", readout, READOUTS)
+        check_choice("scale", scale, SCALES)
+        self.training = training
+        self.reweighting = training if reweighting is None else reweighting
+        self.fraction = 0.01 if fraction is None and budget is None else fraction
+        self.budget, self.method = budget, method
+        self.method_options = {"scope": "class"} if method_options is None else dict(method_options)
+        self.meta_options = dict(meta_options or {})
+        self.readout, self.same_class, self.metric = readout, same_class, metric
+        self.scale = scale
+        self.directory = None if directory is None else Path(directory)
+
+    # -- stages ------------------------------------------------------------------------------------
+
+    def select(self, features: Tensor, labels: Tensor) -> Selection:
+        """Stage 1: the coreset. Features [n, ...], labels [n]."""
+        options = {"fraction": self.fraction, "budget": self.budget, **self.method_options}
+        if "generator" in inspect.signature(METHODS[self.method]).parameters:
+            options.setdefault("generator", torch.Generator().manual_seed(self.training.seed))
+        return select(features, labels, method=self.method, **options)
+
+    def reweight(
+        self,
+        data: Dataset[Any],
+        labels: Tensor,
+        indices: Tensor,
+        meta: Dataset[Any] | None = None,
+    ) -> Tensor:
+        """Stage 2: weights [k] of the coreset; arguments as for `learn_weights`."""
+        weights, _ = learn_weights(
+            data,
+            labels,
+            self.reweighting,
+            indices=indices,
+            meta=meta,
+            options=self.meta_options,
+            readout=self.readout,
+            checkpoint=self._file("reweight-epoch"),
+        )
+        return weights
+
+    def broadcast(
+        self, features: Tensor, labels: Tensor, indices: Tensor, coreset_weights: Tensor
+    ) -> Tensor:
+        """Stage 3: weights [n] of all samples."""
+        weights = broadcast_weights(
+            features,
+            indices,
+            coreset_weights,
+            labels=labels,
+            same_class=self.same_class,
+            metric=self.metric,
+        )
+        if self.scale == "none":
+            return weights
+        mean = weights.mean()
+        if float(mean) <= 0.0:
+            raise ValueError(
+                'all learnt weights are 0, so they cannot be scaled to mean 1; use scale="none", a '
+                "lower learning rate of the weight network, or another meta set"
+            )
+        return weights / mean
+
+    def train(self, data: Dataset[Any], weights: Tensor) -> nn.Module:
+        """Stage 4: a fresh network, trained on all samples with their weights [n]."""
+        checkpoint = self._file("train-epoch")
+        return train_weighted(data, self.training, weights=weights, checkpoint=checkpoint)
+
+    # -- all of them -------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        data: Dataset[Any],
+        features: Tensor,
+        labels: Tensor,
+        meta: Dataset[Any] | None = None,
+    ) -> CWERMResult:
+        """All stages; those that `directory` holds are not run again.
+
+        Args:
+            data: n samples (x, y), by index; a TensorDataset is the fastest.
+            features: [n, ...]; see `extract_features`.
+            labels: [n], integers, the y of the data.
+            meta: trusted samples (x, y); None draws from the coreset, see `learn_weights`.
+
+        Raises:
+            ValueError: an argument is not as described; `directory` holds a run with other settings
+                or data.
+        """
+        n = len(matrix("features", features))
+        check_labels("labels", labels, n)
+        if len(data) != n:  # type: ignore[arg-type]
+            raise ValueError(f"data has {len(data)} samples, features {n}")  # type: ignore[arg-type]
+        self._check_directory(features, labels)
+        seconds: dict[str, float] = {}
+        indices = self._stage("select", seconds, lambda: self.select(features, labels).indices)
+        learnt = self._stage(
+            "reweight", seconds, lambda: self.reweight(data, labels, indices, meta)
+        )
+        weights = self._stage(
+            "broadcast", seconds, lambda: self.broadcast(features, labels, indices, learnt)
+        )
+        with self._timed("train", seconds):
+            model = self.train(data, weights)  # if it was finished, this only loads the network
+        return CWERMResult(model, Selection(indices, learnt), weights, seconds)
+
+    def _stage(self, name: str, seconds: dict[str, float], run: Callable[[], Tensor]) -> Tensor:
+        """The result of a stage, from its file or by running it."""
+        file = self._file(name)
+        if file is not None and file.exists():
+            seconds[name] = self._spent(name)
+            loaded: Tensor = torch.load(file, weights_only=True)
+            return loaded
+        with self._timed(name, seconds):
+            result = run()
+        if file is not None:
+            save_atomically(result, file)
+        return result
+
+    @contextmanager
+    def _timed(self, name: str, seconds: dict[str, float]) -> Iterator[None]:
+        """Adds the time of what is inside, also if it is interrupted."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds[name] = self._spent(name) + time.perf_counter() - start
+            file = self._file(f"{name}-seconds")
+            if file is not None:
+                save_atomically(seconds[name], file)
+
+    def _spent(self, name: str) -> float:
+        file = self._file(f"{name}-seconds")
+        if file is None or not file.exists():
+            return 0.0
+        return float(torch.load(file, weights_only=True))
+
+    def _file(self, name: str) -> Path | None:
+        return None if self.directory is None else self.directory / f"{name}.pt"
+
+    def _check_directory(self, features: Tensor, labels: Tensor) -> None:
+        """Writes the settings, or compares with those that are there."""
+        file = self._file("settings")
+        if file is None:
+            return
+        own = self._settings(features, labels)
+        if not file.exists():
+            save_atomically(own, file)
+            return
+        other = torch.load(file, weights_only=True)
+        for name in sorted({*own, *other}):
+            if own.get(name) != other.get(name):
+                raise ValueError(
+                    f"{self.directory} holds a run with {name}={other.get(name)!r}, this one has "
+                    f"{own.get(name)!r}; use another directory, or delete that one"
+                )
+
+    def _settings(self, features: Tensor, labels: Tensor) -> dict[str, Any]:
+        names = ("fraction", "budget", "method", "readout", "same_class", "metric", "scale")
+        settings: dict[str, Any] = {name: repr(getattr(self, name)) for name in names}
+        for name in ("method_options", "meta_options"):
+            settings[name] = plain(getattr(self, name))
+        settings["training"] = repr(self.training.numbers())
+        settings["reweighting"] = repr(self.reweighting.numbers())
+        settings["features"] = [*features.shape, float(features.double().sum())]
+        settings["labels"] = int((labels.cpu().long() * torch.arange(1, len(labels) + 1)).sum())
+        return settings

@@ -1,0 +1,132 @@
+"""Selections over features that two processes share, against one process with all of them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, multiprocessing
+
+from pyoptim import coreset
+
+pytestmark = pytest.mark.skipif(
+    not (distributed.is_available() and distributed.is_gloo_available()),
+    reason="this build of torch has no gloo",
+)
+N, SPLIT = 61, 23
+
+
+def data() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(N, 5, generator=generator)
+    x[40:45] = x[3]  # repeated rows in both shards
+    labels = torch.randint(3, (N,), generator=generator)
+    return x, labels, torch.randn(N, 3, generator=generator)
+
+
+def calls() -> list[tuple[str, dict[str, Any]]]:
+    """(method, options); every method, some of them in several ways."""
+    return [
+        *((name, {"budget": 13}) for name in coreset.METHODS),
+        ("moderate", {"fraction": 0.2}),
+        ("moderate", {"budget": 13, "scope": "class", "rule": "closest"}),
+        ("moderate", {"budget": 13, "center": "mean"}),
+        ("k_center_greedy", {"budget": 13, "scope": "class"}),
+        ("k_center_greedy", {"budget": 50, "initial": torch.tensor([2, 30])}),
+        ("uncertainty", {"budget": 13, "scope": "class", "kind": "margin"}),
+        ("el2n", {"budget": 13, "keep": "lowest"}),
+        ("grand", {"budget": 13, "bias": False}),
+        ("facility_location", {"budget": 13, "greedy": "stochastic"}),
+    ]
+
+
+def arguments(
+    method: str, options: dict[str, Any], rows: slice
+) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+    x, labels, logits = data()
+    options = {**options, "method": method}
+    if method in ("grand", "craig", "glister", "gradmatch"):
+        options["logits"] = logits[rows]
+    if method == "glister":
+        options |= {"val_features": x[:9], "val_logits": logits[:9], "val_labels": labels[:9]}
+    if method in ("random", "k_center_greedy", "facility_location", "craig"):
+        options["generator"] = torch.Generator().manual_seed(8)
+    first = {"uncertainty": logits, "el2n": logits, "forgetting": x[:, 0]}.get(method, x)
+    return (first[rows], labels[rows]), options
+
+
+def run_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    rows = slice(0, SPLIT) if rank == 0 else slice(SPLIT, N)
+    found: list[Any] = []
+    for method, options in calls():
+        given, named = arguments(method, options, rows)
+        found.append(tuple(coreset.select_sharded(*given, **named)))
+    found.append(tuple(coreset.select_sharded(data()[0][rows], method="random", budget=7)))
+    for wrong in (errors_of_one, errors_of_shapes, errors_of_all):
+        try:
+            wrong(rank, rows)
+        except ValueError as error:
+            found.append(str(error))
+    torch.save(found, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def errors_of_one(rank: int, rows: slice) -> None:
+    x, labels, _ = data()
+    x[50] = float("nan")  # a row of process 1
+    coreset.select_sharded(x[rows], labels[rows], budget=3)
+
+
+def errors_of_shapes(rank: int, rows: slice) -> None:
+    x, labels, _ = data()
+    coreset.select_sharded(x[rows, : 4 + rank], labels[rows], budget=3)
+
+
+def errors_of_all(rank: int, rows: slice) -> None:
+    x, labels, _ = data()
+    coreset.select_sharded(x[rows], labels[rows], budget=N + 1)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
+    folder = tmp_path_factory.mktemp("sharded")
+    multiprocessing.spawn(run_rank, args=(str(folder),), nprocs=2)
+    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("number", range(len(calls())), ids=[name for name, _ in calls()])
+def test_two_processes_select_what_one_does(number: int, results: list[list[Any]]) -> None:
+    given, named = arguments(*calls()[number], slice(0, N))
+    expected = coreset.select(*given, **named)
+    for indices, weights in (result[number] for result in results):
+        assert indices.tolist() == expected.indices.tolist()
+        if expected.weights is None:
+            assert weights is None
+        else:
+            torch.testing.assert_close(weights, expected.weights)
+
+
+def test_processes_without_a_generator_draw_the_same(results: list[list[Any]]) -> None:
+    drawn = [result[len(calls())][0].tolist() for result in results]
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) == 7
+
+
+def test_an_error_of_one_process_is_raised_in_all(results: list[list[Any]]) -> None:
+    for result in results:
+        alone, shapes, everywhere = result[len(calls()) + 1 :]
+        assert alone.startswith("process 1: features holds NaN or inf, first in row 27")
+        assert "rows of (shape, dtype) ((4,)" in shapes
+        assert "((5,)" in shapes
+        assert everywhere == f"budget must be between 1 and the {N} samples, got {N + 1}"
+
+
+def test_without_process_group_the_error_says_what_to_do() -> None:
+    if distributed.is_initialized():
+        pytest.fail("another test has left its process group behind")
+    with pytest.raises(RuntimeError, match=r"init_process_group\(\)"):
+        coreset.select_sharded(*data()[:2], budget=3)
