@@ -94,6 +94,9 @@ struct Kernels {
   ScoreKernel score[static_cast<int>(Score::count)][4];  // by DType
   ScoreKernel to_center[4];                              // sqdist; y is float64
   void (*step_center)(CenterStep* work);
+  // Multiply-adds of whole vectors in registers, for the peak that benchmarks compare with: as many
+  // of float32 as are returned.
+  int64_t (*multiply_registers)(int64_t rounds);
 };
 
 // Those of the instruction set in use.

@@ -81,6 +81,8 @@ PYOPTIM_HD void multiply(const float* x, int64_t ld, const float* y, int64_t n, 
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) sums[r][v] = FloatV{};
   }
+  // Unrolled: a processor predicts the end of 16 rounds, not that of 64.
+#pragma GCC unroll 4
   for (int64_t k = 0; k < n; ++k, y += kColumns) {
     FloatV panel[kVectors];
 #pragma GCC unroll 2
@@ -102,6 +104,23 @@ PYOPTIM_HD void multiply(const float* x, int64_t ld, const float* y, int64_t n, 
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) tile->sums[r][v] = sums[r][v];
   }
+}
+
+int64_t multiply_registers(int64_t rounds) {
+  constexpr int kSums = 12;  // more than the latency of a multiply-add times two per cycle
+  FloatV sums[kSums];
+#pragma GCC unroll 12
+  for (int i = 0; i < kSums; ++i) sums[i] = broadcast(static_cast<float>(i));
+  const FloatV factor = broadcast(rounds < 0 ? 2.0f : 0.5f), term = broadcast(1.0f);
+  for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kSums; ++i) sums[i] = multiply_add(sums[i], factor, term);
+  }
+  FloatV total = sums[0];
+#pragma GCC unroll 12
+  for (int i = 1; i < kSums; ++i) total += sums[i];
+  // The sum is below 24; the compiler does not know it.
+  return total[0] < 100.0f ? rounds * kSums * kLanes : 0;
 }
 
 // Puts the columns of one row that its threshold does not rule out on its list.
@@ -224,7 +243,7 @@ PYOPTIM_HD void copy_tail(const E* from, int64_t n, E* to) {
   std::memcpy(to, from, n * sizeof(E));
 }
 
-// Elements asked for ahead.
+// Elements of a row asked for ahead.
 constexpr int64_t kPrefetch = 512;
 
 struct Sums {
@@ -312,6 +331,27 @@ PYOPTIM_HD void add_terms(const X* x, const Y* y, Pair* sums) {
   }
 }
 
+#if defined(__x86_64__)
+PYOPTIM_HD double fold_lanes(__m128d x) { return _mm_cvtsd_f64(x + _mm_unpackhi_pd(x, x)); }
+#endif
+#if defined(__AVX2__)
+PYOPTIM_HD double fold_lanes(__m256d x) {
+  return fold_lanes(_mm256_castpd256_pd128(x) + _mm256_extractf128_pd(x, 1));
+}
+#endif
+#if defined(__AVX512F__)
+PYOPTIM_HD double fold_lanes(__m512d x) {
+  return fold_lanes(_mm512_castpd512_pd256(x) + _mm512_extractf64x4_pd(x, 1));
+}
+#elif !defined(__x86_64__)
+PYOPTIM_HD double fold_lanes(DoubleV x) {
+  for (int64_t half = kDoubles / 2; half > 0; half /= 2) {
+    for (int64_t l = 0; l < half; ++l) x[l] += x[l + half];
+  }
+  return x[0];
+}
+#endif
+
 // Adds the upper half of the lanes to the lower until one is left.
 PYOPTIM_HD double fold_score(const Pair* sums) {
   DoubleV parts[2 * kPairs];
@@ -324,21 +364,18 @@ PYOPTIM_HD double fold_score(const Pair* sums) {
 #pragma GCC unroll 4
     for (int p = 0; p < half; ++p) parts[p] += parts[p + half];
   }
-  double lanes[kDoubles];
-  store_vector(lanes, parts[0]);
-#pragma GCC unroll 4
-  for (int64_t half = kDoubles / 2; half > 0; half /= 2) {
-#pragma GCC unroll 4
-    for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-  }
-  return lanes[0];
+  return fold_lanes(parts[0]);
 }
 
 template <Score kScore, class X, class Y>
 PYOPTIM_HD double score_rows(const X* x, const Y* y, int64_t d) {
   Pair sums[kPairs] = {};
   int64_t k = 0;
-  for (; k + kScoreLanes <= d; k += kScoreLanes) add_terms<kScore>(x + k, y + k, sums);
+  for (; k + kScoreLanes <= d; k += kScoreLanes) {
+    // Where rows follow one another, the next one.
+    __builtin_prefetch(x + k + kPrefetch);
+    add_terms<kScore>(x + k, y + k, sums);
+  }
   if (k < d) {
     // The zeros behind the tails add 0 to a lane, which changes no bit of it.
     X x_tail[kScoreLanes];
@@ -402,6 +439,7 @@ Kernels make_kernels(const char* isa) {
   kernels.to_center[static_cast<int>(DType::bf16)] = score<Score::sqdist, Bf16, double>;
   kernels.to_center[static_cast<int>(DType::f16)] = score<Score::sqdist, F16, double>;
   kernels.step_center = step_center;
+  kernels.multiply_registers = multiply_registers;
   return kernels;
 }
 
