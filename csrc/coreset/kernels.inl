@@ -55,6 +55,22 @@ PYOPTIM_HD uint32_t at_most(FloatV x, float threshold) {
 #endif
 }
 
+// Whether a comparison holds in any lane.
+template <class V>
+PYOPTIM_HD bool any_lane(const V& holds) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)holds, (__m512i)holds) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)holds, (__m256i)holds);
+#elif defined(__x86_64__)
+  return _mm_movemask_ps((__m128)holds) != 0;
+#else
+  bool any = false;
+  for (int l = 0; l < kLanes; ++l) any |= holds[l] != 0;
+  return any;
+#endif
+}
+
 PYOPTIM_HD float lowest(FloatV x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_min_ps((__m512)x);
@@ -425,6 +441,89 @@ void fill_score(Kernels* kernels) {
   by_dtype[static_cast<int>(DType::f16)] = score<kScore, F16>;
 }
 
+}  // namespace
+}  // namespace pyoptim::coreset
+
+#include "coreset/medians.inl"
+
+namespace pyoptim::coreset {
+namespace {
+
+// -- medians -------------------------------------------------------------------------------------
+
+// Copies kLanes columns of all rows side by side; returns whether there is a NaN.
+template <class E>
+bool copy_columns(const ColumnMedians& work,
+                  int64_t first,
+                  int64_t width,
+                  float* copy,
+                  float* least,
+                  float* largest) {
+  constexpr int64_t kRowsAhead = 16;
+  FloatV low = broadcast(__builtin_inff()), high = -low, checked = FloatV{};
+  const E* const data = static_cast<const E*>(work.data) + first;
+  E tail[kLanes];
+  for (int64_t i = 0; i < work.n; ++i, copy += kLanes) {
+    const E* from = data + (work.rows ? work.rows[i] : i) * work.stride;
+    const int64_t ahead = i + kRowsAhead < work.n ? i + kRowsAhead : i;
+    __builtin_prefetch(data + (work.rows ? work.rows[ahead] : ahead) * work.stride);
+    if (width < kLanes) {
+      copy_tail(from, width, tail);
+      from = tail;
+    }
+    const FloatV x = load_vector(from);
+    store_vector(copy, x);
+    low = x < low ? x : low;
+    high = x > high ? x : high;
+    checked = x != x ? x : checked;
+  }
+  store_vector(least, low);
+  store_vector(largest, high);
+  return any_lane(checked != checked);
+}
+
+template <class E>
+int64_t find_nan_row(const ColumnMedians& work) {
+  for (int64_t i = 0; i < work.n; ++i) {
+    const E* const row =
+        static_cast<const E*>(work.data) + (work.rows ? work.rows[i] : i) * work.stride;
+    for (int64_t c = work.first; c < work.first + work.width; ++c) {
+      if (load(row[c]) != load(row[c])) return i;
+    }
+  }
+  return -1;
+}
+
+template <class E>
+void column_medians_typed(ColumnMedians* work) {
+  work->nan_row = -1;
+  const int64_t n_groups = (work->width + kLanes - 1) / kLanes;
+  float least[kMedianColumns], largest[kMedianColumns];
+  bool has_nan = false;
+  // All copies first: the groups share cache lines and pages.
+  for (int64_t g = 0; g < n_groups; ++g) {
+    const int64_t at = g * kLanes, left = work->width - at;
+    float* const copy = work->copy + at * work->n;
+    has_nan |= copy_columns<E>(*work, work->first + at, left, copy, least + at, largest + at);
+  }
+  if (has_nan) {
+    work->nan_row = find_nan_row<E>(*work);
+    return;
+  }
+  for (int64_t at = 0; at < work->width; at += kLanes) {
+    double medians[kLanes];
+    lane_medians(work->copy + at * work->n, work->n, least + at, largest + at, medians);
+    const int64_t width = work->width - at < kLanes ? work->width - at : kLanes;
+    std::memcpy(work->out + at, medians, width * sizeof(double));
+  }
+}
+
+void column_medians(ColumnMedians* work) {
+  if (work->dtype == DType::f32) return column_medians_typed<float>(work);
+  if (work->dtype == DType::bf16) return column_medians_typed<Bf16>(work);
+  column_medians_typed<F16>(work);
+}
+
 Kernels make_kernels(const char* isa) {
   Kernels kernels = {};
   kernels.isa = isa;
@@ -439,6 +538,7 @@ Kernels make_kernels(const char* isa) {
   kernels.to_center[static_cast<int>(DType::bf16)] = score<Score::sqdist, Bf16, double>;
   kernels.to_center[static_cast<int>(DType::f16)] = score<Score::sqdist, F16, double>;
   kernels.step_center = step_center;
+  kernels.column_medians = column_medians;
   kernels.multiply_registers = multiply_registers;
   return kernels;
 }
