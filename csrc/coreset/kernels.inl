@@ -90,15 +90,13 @@ struct Tile {
 // The products of kStrip rows of x and a panel, over n elements.
 PYOPTIM_HD void multiply(const float* x, int64_t ld, const float* y, int64_t n, Tile* tile) {
   // Elements of the panel asked for ahead: they come from the second-level cache.
-  constexpr int64_t kAhead = 16;
+  constexpr int64_t kAhead = 8;
   FloatV sums[kStrip][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kStrip; ++r) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) sums[r][v] = FloatV{};
   }
-  // Unrolled: a processor predicts the end of 16 rounds, not that of 64.
-#pragma GCC unroll 4
   for (int64_t k = 0; k < n; ++k, y += kColumns) {
     FloatV panel[kVectors];
 #pragma GCC unroll 2
