@@ -86,56 +86,82 @@ void center_sqdist(
 
 namespace {
 
-// Columns whose elements of a row share two cache lines.
-constexpr int64_t kColumns = 32;
+// What a task copies stays in the second-level cache while it is counted, pass after pass.
+constexpr int64_t kCopyBytes = 1 << 20;
+constexpr int64_t kFewestColumns = 16;
 
 // The mean of the two middle values, or the middle value.
-template <class T>
-double median(T* values, int64_t n) {
-  T* const middle = values + n / 2;
+double median(double* values, int64_t n) {
+  double* const middle = values + n / 2;
   std::nth_element(values, middle, values + n);
   if (n % 2) return *middle;
-  const T lower = *std::max_element(values, middle);
-  // Each half of the sum is exact but for numbers near the smallest: the sum may be infinite.
-  if constexpr (sizeof(T) < sizeof(double)) return 0.5 * (static_cast<double>(lower) + *middle);
-  const double sum = lower + *middle;
+  const double lower = *std::max_element(values, middle), sum = lower + *middle;
   return std::isinf(sum) ? 0.5 * lower + 0.5 * *middle : 0.5 * sum;
 }
 
+// A block of columns of one group.
+struct MedianTask {
+  int64_t group, from, n, first, width;
+};
+
 class Medians {
  public:
-  explicit Medians(const Groups& groups)
-      : groups_(groups), blocks_(n_tasks(groups.d, kColumns)), nan_row_(-1) {}
+  explicit Medians(const Groups& groups) : groups_(groups) {
+    for (int64_t g = 0, from = 0; g < groups.n_groups; from = groups.ends[g++]) {
+      const int64_t n = groups.ends[g] - from;
+      const int64_t fitting = kCopyBytes / (4 * (n + 1)) / kFewestColumns * kFewestColumns;
+      const int64_t width = std::clamp(fitting, kFewestColumns, kMedianColumns);
+      for (int64_t c = 0; c < groups.d; c += width)
+        tasks_.push_back({g, from, n, c, std::min(width, groups.d - c)});
+    }
+  }
 
   int64_t run() {
-    Guarded tasks([this](int64_t task) {
-      if (groups_.x.dtype == DType::f64) return run_task<double, double>(task);
-      if (groups_.x.dtype == DType::f32) return run_task<float, float>(task);
-      if (groups_.x.dtype == DType::bf16) return run_task<Bf16, float>(task);
-      run_task<F16, float>(task);
+    Guarded tasks([this](int64_t i) {
+      const MedianTask& task = tasks_[i];
+      double* const out = groups_.out + task.group * groups_.d + task.first;
+      if (task.n == 0) {
+        std::fill_n(out, task.width, kNan);
+      } else if (groups_.x.dtype == DType::f64) {
+        select(task, out);
+      } else {
+        count(task, out);
+      }
     });
-    tasks.run(groups_.n_groups * blocks_, is_small(groups_.x.n, groups_.d));
+    tasks.run(static_cast<int64_t>(tasks_.size()), is_small(groups_.x.n, groups_.d));
     return nan_row_;
   }
 
  private:
-  template <class E, class T>
-  void run_task(int64_t task) {
-    const int64_t g = task / blocks_, from = g ? groups_.ends[g - 1] : 0;
-    const int64_t n = groups_.ends[g] - from, first = task % blocks_ * kColumns;
-    const int64_t width = std::min(kColumns, groups_.d - first);
-    const Scratch<T> values(n * kColumns);
-    for (int64_t i = 0; i < n; ++i) {
-      const E* const row = static_cast<const E*>(groups_.x.at(from + i)) + first;
-      for (int64_t c = 0; c < width; ++c) {
-        const T value = load(row[c]);
-        values[c * n + i] = value;
-        if (value != value) return report(groups_.x.index(from + i));
+  void count(const MedianTask& task, double* out) {
+    const int64_t padded = (task.width + kFewestColumns - 1) / kFewestColumns * kFewestColumns;
+    const Scratch<float> copy(task.n * padded);
+    const Rows& x = groups_.x;
+    ColumnMedians work = {x.rows ? x.data : x.at(task.from),
+                          x.dtype,
+                          x.stride,
+                          x.rows ? x.rows + task.from : nullptr,
+                          task.n,
+                          task.first,
+                          task.width,
+                          copy.get(),
+                          out,
+                          -1};
+    active_kernels().column_medians(&work);
+    if (work.nan_row >= 0) report(x.index(task.from + work.nan_row));
+  }
+
+  // float64 columns, one after the other.
+  void select(const MedianTask& task, double* out) {
+    const Scratch<double> columns(task.n * task.width);
+    for (int64_t i = 0; i < task.n; ++i) {
+      const auto* const row = static_cast<const double*>(groups_.x.at(task.from + i)) + task.first;
+      for (int64_t c = 0; c < task.width; ++c) {
+        if (row[c] != row[c]) return report(groups_.x.index(task.from + i));
+        columns[c * task.n + i] = row[c];
       }
     }
-    for (int64_t c = 0; c < width; ++c) {
-      groups_.out[g * groups_.d + first + c] = n ? median(&values[c * n], n) : kNan;
-    }
+    for (int64_t c = 0; c < task.width; ++c) out[c] = median(&columns[c * task.n], task.n);
   }
 
   void report(int64_t row) {
@@ -144,7 +170,8 @@ class Medians {
   }
 
   const Groups& groups_;
-  int64_t blocks_, nan_row_;
+  std::vector<MedianTask> tasks_;
+  int64_t nan_row_ = -1;
   std::mutex mutex_;
 };
 

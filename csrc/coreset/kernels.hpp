@@ -26,6 +26,9 @@ struct Candidate {
   int32_t column;  // within the block of y
 };
 
+// Columns whose medians one call finds at most.
+constexpr int64_t kMedianColumns = 256;
+
 // What the filter knows of a row of x.
 struct RowState {
   float threshold;  // columns above it are ruled out; NaN rules out all
@@ -85,6 +88,19 @@ struct CenterStep {
   int64_t nan_row;       // the first whose distance is no number, -1 when there is none
 };
 
+// Medians of columns of float32, bfloat16 or float16 rows.
+struct ColumnMedians {
+  const void* data;
+  DType dtype;
+  int64_t stride;
+  const int64_t* rows;   // which rows [n], or null: 0, 1, ...
+  int64_t n;             // at least 1
+  int64_t first, width;  // columns
+  float* copy;           // [n][width rounded up to 16]
+  double* out;           // [width]
+  int64_t nan_row;       // the first of the n that holds a NaN, -1 when there is none
+};
+
 struct Kernels {
   const char* isa;
   int strip;    // rows of x that are multiplied together
@@ -94,6 +110,10 @@ struct Kernels {
   ScoreKernel score[static_cast<int>(Score::count)][4];  // by DType
   ScoreKernel to_center[4];                              // sqdist; y is float64
   void (*step_center)(CenterStep* work);
+  void (*column_medians)(ColumnMedians* work);
+  // Multiply-adds of whole vectors in registers, for the peak that benchmarks compare with: as many
+  // of float32 as are returned.
+  int64_t (*multiply_registers)(int64_t rounds);
 };
 
 // Those of the instruction set in use.

@@ -55,6 +55,22 @@ PYOPTIM_HD uint32_t at_most(FloatV x, float threshold) {
 #endif
 }
 
+// Whether a comparison holds in any lane.
+template <class V>
+PYOPTIM_HD bool any_lane(const V& holds) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)holds, (__m512i)holds) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)holds, (__m256i)holds);
+#elif defined(__x86_64__)
+  return _mm_movemask_ps((__m128)holds) != 0;
+#else
+  bool any = false;
+  for (int l = 0; l < kLanes; ++l) any |= holds[l] != 0;
+  return any;
+#endif
+}
+
 PYOPTIM_HD float lowest(FloatV x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_min_ps((__m512)x);
@@ -74,7 +90,7 @@ struct Tile {
 // The products of kStrip rows of x and a panel, over n elements.
 PYOPTIM_HD void multiply(const float* x, int64_t ld, const float* y, int64_t n, Tile* tile) {
   // Elements of the panel asked for ahead: they come from the second-level cache.
-  constexpr int64_t kAhead = 16;
+  constexpr int64_t kAhead = 8;
   FloatV sums[kStrip][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kStrip; ++r) {
@@ -102,6 +118,23 @@ PYOPTIM_HD void multiply(const float* x, int64_t ld, const float* y, int64_t n, 
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) tile->sums[r][v] = sums[r][v];
   }
+}
+
+int64_t multiply_registers(int64_t rounds) {
+  constexpr int kSums = 12;  // more than the latency of a multiply-add times two per cycle
+  FloatV sums[kSums];
+#pragma GCC unroll 12
+  for (int i = 0; i < kSums; ++i) sums[i] = broadcast(static_cast<float>(i));
+  const FloatV factor = broadcast(rounds < 0 ? 2.0f : 0.5f), term = broadcast(1.0f);
+  for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kSums; ++i) sums[i] = multiply_add(sums[i], factor, term);
+  }
+  FloatV total = sums[0];
+#pragma GCC unroll 12
+  for (int i = 1; i < kSums; ++i) total += sums[i];
+  // The sum is below 24; the compiler does not know it.
+  return total[0] < 100.0f ? rounds * kSums * kLanes : 0;
 }
 
 // Puts the columns of one row that its threshold does not rule out on its list.
@@ -224,7 +257,7 @@ PYOPTIM_HD void copy_tail(const E* from, int64_t n, E* to) {
   std::memcpy(to, from, n * sizeof(E));
 }
 
-// Elements asked for ahead.
+// Elements of a row asked for ahead.
 constexpr int64_t kPrefetch = 512;
 
 struct Sums {
@@ -312,6 +345,27 @@ PYOPTIM_HD void add_terms(const X* x, const Y* y, Pair* sums) {
   }
 }
 
+#if defined(__x86_64__)
+PYOPTIM_HD double fold_lanes(__m128d x) { return _mm_cvtsd_f64(x + _mm_unpackhi_pd(x, x)); }
+#endif
+#if defined(__AVX2__)
+PYOPTIM_HD double fold_lanes(__m256d x) {
+  return fold_lanes(_mm256_castpd256_pd128(x) + _mm256_extractf128_pd(x, 1));
+}
+#endif
+#if defined(__AVX512F__)
+PYOPTIM_HD double fold_lanes(__m512d x) {
+  return fold_lanes(_mm512_castpd512_pd256(x) + _mm512_extractf64x4_pd(x, 1));
+}
+#elif !defined(__x86_64__)
+PYOPTIM_HD double fold_lanes(DoubleV x) {
+  for (int64_t half = kDoubles / 2; half > 0; half /= 2) {
+    for (int64_t l = 0; l < half; ++l) x[l] += x[l + half];
+  }
+  return x[0];
+}
+#endif
+
 // Adds the upper half of the lanes to the lower until one is left.
 PYOPTIM_HD double fold_score(const Pair* sums) {
   DoubleV parts[2 * kPairs];
@@ -324,21 +378,18 @@ PYOPTIM_HD double fold_score(const Pair* sums) {
 #pragma GCC unroll 4
     for (int p = 0; p < half; ++p) parts[p] += parts[p + half];
   }
-  double lanes[kDoubles];
-  store_vector(lanes, parts[0]);
-#pragma GCC unroll 4
-  for (int64_t half = kDoubles / 2; half > 0; half /= 2) {
-#pragma GCC unroll 4
-    for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-  }
-  return lanes[0];
+  return fold_lanes(parts[0]);
 }
 
 template <Score kScore, class X, class Y>
 PYOPTIM_HD double score_rows(const X* x, const Y* y, int64_t d) {
   Pair sums[kPairs] = {};
   int64_t k = 0;
-  for (; k + kScoreLanes <= d; k += kScoreLanes) add_terms<kScore>(x + k, y + k, sums);
+  for (; k + kScoreLanes <= d; k += kScoreLanes) {
+    // Where rows follow one another, the next one.
+    __builtin_prefetch(x + k + kPrefetch);
+    add_terms<kScore>(x + k, y + k, sums);
+  }
   if (k < d) {
     // The zeros behind the tails add 0 to a lane, which changes no bit of it.
     X x_tail[kScoreLanes];
@@ -388,6 +439,89 @@ void fill_score(Kernels* kernels) {
   by_dtype[static_cast<int>(DType::f16)] = score<kScore, F16>;
 }
 
+}  // namespace
+}  // namespace pyoptim::coreset
+
+#include "coreset/medians.inl"
+
+namespace pyoptim::coreset {
+namespace {
+
+// -- medians -------------------------------------------------------------------------------------
+
+// Copies kLanes columns of all rows side by side; returns whether there is a NaN.
+template <class E>
+bool copy_columns(const ColumnMedians& work,
+                  int64_t first,
+                  int64_t width,
+                  float* copy,
+                  float* least,
+                  float* largest) {
+  constexpr int64_t kRowsAhead = 16;
+  FloatV low = broadcast(__builtin_inff()), high = -low, checked = FloatV{};
+  const E* const data = static_cast<const E*>(work.data) + first;
+  E tail[kLanes];
+  for (int64_t i = 0; i < work.n; ++i, copy += kLanes) {
+    const E* from = data + (work.rows ? work.rows[i] : i) * work.stride;
+    const int64_t ahead = i + kRowsAhead < work.n ? i + kRowsAhead : i;
+    __builtin_prefetch(data + (work.rows ? work.rows[ahead] : ahead) * work.stride);
+    if (width < kLanes) {
+      copy_tail(from, width, tail);
+      from = tail;
+    }
+    const FloatV x = load_vector(from);
+    store_vector(copy, x);
+    low = x < low ? x : low;
+    high = x > high ? x : high;
+    checked = x != x ? x : checked;
+  }
+  store_vector(least, low);
+  store_vector(largest, high);
+  return any_lane(checked != checked);
+}
+
+template <class E>
+int64_t find_nan_row(const ColumnMedians& work) {
+  for (int64_t i = 0; i < work.n; ++i) {
+    const E* const row =
+        static_cast<const E*>(work.data) + (work.rows ? work.rows[i] : i) * work.stride;
+    for (int64_t c = work.first; c < work.first + work.width; ++c) {
+      if (load(row[c]) != load(row[c])) return i;
+    }
+  }
+  return -1;
+}
+
+template <class E>
+void column_medians_typed(ColumnMedians* work) {
+  work->nan_row = -1;
+  const int64_t n_groups = (work->width + kLanes - 1) / kLanes;
+  float least[kMedianColumns], largest[kMedianColumns];
+  bool has_nan = false;
+  // All copies first: the groups share cache lines and pages.
+  for (int64_t g = 0; g < n_groups; ++g) {
+    const int64_t at = g * kLanes, left = work->width - at;
+    float* const copy = work->copy + at * work->n;
+    has_nan |= copy_columns<E>(*work, work->first + at, left, copy, least + at, largest + at);
+  }
+  if (has_nan) {
+    work->nan_row = find_nan_row<E>(*work);
+    return;
+  }
+  for (int64_t at = 0; at < work->width; at += kLanes) {
+    double medians[kLanes];
+    lane_medians(work->copy + at * work->n, work->n, least + at, largest + at, medians);
+    const int64_t width = work->width - at < kLanes ? work->width - at : kLanes;
+    std::memcpy(work->out + at, medians, width * sizeof(double));
+  }
+}
+
+void column_medians(ColumnMedians* work) {
+  if (work->dtype == DType::f32) return column_medians_typed<float>(work);
+  if (work->dtype == DType::bf16) return column_medians_typed<Bf16>(work);
+  column_medians_typed<F16>(work);
+}
+
 Kernels make_kernels(const char* isa) {
   Kernels kernels = {};
   kernels.isa = isa;
@@ -402,6 +536,8 @@ Kernels make_kernels(const char* isa) {
   kernels.to_center[static_cast<int>(DType::bf16)] = score<Score::sqdist, Bf16, double>;
   kernels.to_center[static_cast<int>(DType::f16)] = score<Score::sqdist, F16, double>;
   kernels.step_center = step_center;
+  kernels.column_medians = column_medians;
+  kernels.multiply_registers = multiply_registers;
   return kernels;
 }
 

@@ -440,8 +440,20 @@ class Task {
     if (threshold < space_.states[i].threshold) space_.states[i].threshold = threshold;
   }
 
+  // Forgets the candidates that the threshold has ruled out since.
+  void drop_ruled_out(int64_t i) {
+    RowState& state = space_.states[i];
+    Candidate* const list = space_.candidates.get() + i * work_.capacity;
+    int32_t n = 0;
+    for (int32_t c = 0; c < state.n_candidates; ++c) {
+      if (list[c].value <= state.threshold) list[n++] = list[c];
+    }
+    state.n_candidates = n;
+  }
+
   // Scores the candidates of a row, in the order of their values, until the rest is ruled out.
   void settle(int64_t i) {
+    drop_ruled_out(i);
     RowState& state = space_.states[i];
     Candidate* const list = space_.candidates.get() + i * work_.capacity;
     std::sort(list, list + state.n_candidates, [](const Candidate& a, const Candidate& b) {
@@ -465,9 +477,7 @@ class Task {
       std::nth_element(list, kth, list + state.n_candidates, by_value);
       state.threshold = std::min(state.threshold, kth->value + state.slack);
     }
-    const auto is_out = [&](const Candidate& c) { return c.value > state.threshold; };
-    Candidate* const end = std::remove_if(list, list + state.n_candidates, is_out);
-    state.n_candidates = static_cast<int32_t>(end - list);
+    drop_ruled_out(i);
     if (state.n_candidates + 2 * kMaxColumns <= work_.capacity) return;
     settle(i);
     if (best(i).is_full()) lower_threshold(i, best(i));

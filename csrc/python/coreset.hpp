@@ -172,6 +172,13 @@ inline void bind(py::module_& m) {
   m.def("coreset_center_sqdist", &center_sqdist);
   m.def("coreset_medians", &medians);
   m.def("coreset_n_scored", &coreset::n_scored, "pairs that nearest scored in float64 so far");
+  m.def(
+      "coreset_multiply_registers",
+      [](int64_t rounds) {
+        const py::gil_scoped_release unlocked;
+        return coreset::active_kernels().multiply_registers(rounds);
+      },
+      "runs that many rounds of float32 multiply-adds and returns their number");
   m.def("coreset_isa", [] { return coreset::active_kernels().isa; });
 }
 
