@@ -56,7 +56,9 @@ class Linear(Layer):
 class Conv(Layer):
     """[B, N, channels, ...] to [B, N, outputs, ...], one or two spatial dims, padding size//2."""
 
-    def __init__(self, name: str, channels: int, outputs: int, size: int = 3, dims: int = 2) -> None:
+    def __init__(
+        self, name: str, channels: int, outputs: int, size: int = 3, dims: int = 2
+    ) -> None:
         super().__init__(name)
         self.dims, self.size = dims, size
         fan_in = channels * size**dims
@@ -65,7 +67,7 @@ class Conv(Layer):
         self.shapes = {f"{name}.w": (shape, bound), f"{name}.b": ((outputs,), 0.0)}
 
     def __call__(self, r: Replicas, x: Tensor, stride: int = 1) -> Tensor:
-        count, n = x.shape[:2]
+        count = len(x)
         grouped = x.transpose(0, 1).flatten(1, 2)
         w, b = r.params[f"{self.name}.w"].flatten(0, 1), r.params[f"{self.name}.b"].flatten()
         convolve = F.conv2d if self.dims == 2 else F.conv1d
@@ -74,7 +76,7 @@ class Conv(Layer):
 
 
 class BatchNorm(Layer):
-    """Over all dims but the replica's and `dim`; running averages (weight 0.1) when not training."""
+    """Over all dims but the replica's and `dim`; running averages (weight 0.1) outside training."""
 
     def __init__(self, name: str, channels: int, dim: int) -> None:
         super().__init__(name)

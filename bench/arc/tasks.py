@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -46,9 +47,7 @@ class Classifier:
     """Linear layers with ReLU between, optional batch normalisation and dropout."""
 
     def __init__(self, sizes: Sequence[int], draw: random.Random, name: str = "fc") -> None:
-        self.linears = [
-            Linear(f"{name}{i}", a, b) for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))
-        ]
+        self.linears = [Linear(f"{name}{i}", a, b) for i, (a, b) in enumerate(pairwise(sizes))]
         normal = draw.random() < 0.4
         self.norms = [
             BatchNorm(f"{name}{i}.norm", width, -1) for i, width in enumerate(sizes[1:-1]) if normal
@@ -65,14 +64,12 @@ class Classifier:
 
 
 class ConvNet:
-    """Two 3x3 convolutions, the second of stride 2, optional residual ones between; a linear end."""
+    """Two 3x3 convolutions, the second of stride 2, two residual ones if asked, a linear end."""
 
     def __init__(self, size: int, outputs: int, residual: bool, draw: random.Random) -> None:
         width = draw.choice([4, 6, 8])
         channels = [1, width, 2 * width, *([2 * width] * 2 if residual else [])]
-        self.convs = [
-            Conv(f"conv{i}", a, b) for i, (a, b) in enumerate(zip(channels, channels[1:], strict=False))
-        ]
+        self.convs = [Conv(f"conv{i}", a, b) for i, (a, b) in enumerate(pairwise(channels))]
         normal = residual or draw.random() < 0.4
         self.norms = [
             BatchNorm(f"conv{i}.norm", c, 2) for i, c in enumerate(channels[1:]) if normal
@@ -133,9 +130,7 @@ def _classification(
     return Problem(net.layers, lambda r, b: cross_entropy(net(r, b[0]), b[1]), train, valid)
 
 
-def _regression(
-    data: tuple[Tensor, Tensor], draw: random.Random, rng: torch.Generator
-) -> Problem:
+def _regression(data: tuple[Tensor, Tensor], draw: random.Random, rng: torch.Generator) -> Problem:
     x, y = data
     train, valid = _split((x, y.unsqueeze(1)), draw, rng)
     net = Classifier([x.shape[1], *_widths(draw), 1], draw)
@@ -147,7 +142,11 @@ def digits_mlp(draw: random.Random, rng: torch.Generator) -> Problem:
 
 
 def _convolutional(
-    images: Tensor, labels: Tensor, classes: int, residual: bool, draw: random.Random,
+    images: Tensor,
+    labels: Tensor,
+    classes: int,
+    residual: bool,
+    draw: random.Random,
     rng: torch.Generator,
 ) -> Problem:
     data = (images, _mislabelled(labels, classes, draw, rng))
@@ -293,9 +292,7 @@ class PixelNet:
     def __init__(self, draw: random.Random) -> None:
         width = draw.choice([4, 6])
         sizes = [1, width, width, 1]
-        self.convs = [
-            Conv(f"conv{i}", a, b) for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))
-        ]
+        self.convs = [Conv(f"conv{i}", a, b) for i, (a, b) in enumerate(pairwise(sizes))]
         normal = draw.random() < 0.4
         self.norms = [BatchNorm(f"conv{i}.norm", width, 2) for i in range(2) if normal]
         self.layers: list[Layer] = [*self.convs, *self.norms]
