@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,11 @@ DEFAULT_INTERVAL = 3
 DECISIONS_PER_TRAINING = 10
 # The loss has diverged when its mean over a cycle rose by so many times the first cycle's.
 DIVERGED = 2.0
+
+
+# Training losses of every step, validation losses of every epoch and learning rates of every cycle
+# that is looked back at -> probabilities of raise, keep and lower.
+Judge = Callable[[list[float], list[float], list[float]], Sequence[float]]
 
 
 @dataclass
@@ -69,9 +74,10 @@ class ARC(LRScheduler):
         optimizer: whose learning rates are set; ratios between its groups are kept.
         interval: epochs of a cycle; "auto" makes ten cycles of `epochs`, or takes 3 without it.
         epochs: length of the training, for `interval="auto"`.
-        weights: "default", the name of another network inside the package (`pyoptim.arc.NAMES`), a
-            path to a file that `pyoptim.arc.save` made, or a function of the features, a float32
-            tensor of shape (300, 3), that gives three probabilities (raise, keep, lower).
+        weights: "default", the name of another network inside the package (`pyoptim.arc.WEIGHTS`),
+            a path to a file that `pyoptim.arc.save` made, or a function of training losses,
+            validation losses and learning rates (as `pyoptim.arc.Controller.probabilities`) that
+            gives the probabilities of raise, keep and lower.
         min_lr, max_lr: bounds of every group's learning rate; a move that would cross one is
             shortened for all groups alike.
         guard: when a loss of the cycle is not finite, or the mean training loss has risen above
@@ -99,7 +105,7 @@ class ARC(LRScheduler):
         interval: int | str = "auto",
         epochs: int | None = None,
         *,
-        weights: str | Path | Callable[[Tensor], Tensor] = "default",
+        weights: str | Path | Judge = "default",
         min_lr: float = 0.0,
         max_lr: float = math.inf,
         guard: bool = True,
@@ -118,7 +124,7 @@ class ARC(LRScheduler):
         self.guard = guard
         self.steps_per_epoch = steps_per_epoch or 1
         self.decisions: list[Decision] = []
-        self._controller = weights if callable(weights) else arc.load(weights)
+        self._judge = weights if callable(weights) else arc.load(weights).probabilities
         self._kept = _Kept(optimizer, restore)
         self._cycles: list[_Cycle] = []  # the last three that are finished
         self._cycle = _Cycle()
@@ -144,7 +150,7 @@ class ARC(LRScheduler):
             train_loss = train_loss.detach().reshape(()).clone()
         self._cycle.train.append(train_loss)
 
-    def step(self, val_loss: float | Tensor | None = None) -> None:  # type: ignore[override]
+    def step(self, val_loss: float | Tensor | None = None) -> None:
         """Ends an epoch, and with it perhaps a cycle, which makes a decision.
 
         Args:
@@ -209,9 +215,7 @@ class ARC(LRScheduler):
         val = [loss for cycle in cycles for loss in cycle.val]
         if not (all(lr > 0.0 for lr in lrs) and all(map(math.isfinite, (*train, *val)))):
             return KEEP, None  # nothing to multiply, or nothing to judge by
-        features = arc.features(train, val, lrs)
-        with torch.no_grad():
-            probabilities = tuple(self._controller(features).flatten().tolist())
+        probabilities = tuple(self._judge(train, val, lrs))
         return max(range(len(ACTIONS)), key=probabilities.__getitem__), probabilities
 
     def _move(self, factor: float) -> float:
