@@ -1,5 +1,6 @@
-"""Learning-rate control: schedules as functions of the step."""
+"""Learning-rate control: schedules as functions of the step, and ARC, a trained controller."""
 
+from pyoptim.lr_scheduler.arc import ARC, Decision
 from pyoptim.lr_scheduler.named import get_scheduler
 from pyoptim.lr_scheduler.schedules import (
     constant,
@@ -14,6 +15,8 @@ from pyoptim.lr_scheduler.schedules import (
 )
 
 __all__ = [
+    "ARC",
+    "Decision",
     "constant",
     "cosine",
     "cosine_with_restarts",

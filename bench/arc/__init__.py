@@ -1,0 +1,1 @@
+"""The pipeline that makes the ARC controller: data generation, training, choice, comparison."""

@@ -1,0 +1,7 @@
+"""`python -m pyoptim.bench.arc COMMAND`: see `--help`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,27 @@
+"""Command line of the ARC pipeline."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import generate
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    top = argparse.ArgumentParser(prog="python -m pyoptim.bench.arc", description=__doc__)
+    commands = top.add_subparsers(required=True)
+    make = commands.add_parser("generate", help="train and branch; continues where it was stopped")
+    make.add_argument("--folder", type=Path, default=Path("arc-data"))
+    make.add_argument("--cohorts", type=int, default=420, help="files of 60 points each")
+    make.add_argument("--workers", type=int, default=1, help="processes of one thread each")
+    make.set_defaults(run=lambda a: generate.generate(a.folder, a.cohorts, a.workers))
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    options.run(options)
+    return 0

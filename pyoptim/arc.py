@@ -1,0 +1,346 @@
+"""What the ARC learning-rate controller sees, and the networks that decide.
+
+A *cycle* is a few epochs at one learning rate. After each, a controller looks at the last one to
+three and says how likely it is that raising, keeping or lowering the rate is best for the next.
+
+Source: "To Raise or Not To Raise: The Autonomous Learning Rate Question", section 3. Differs: the
+training loss is resized by linear interpolation before it is standardised, as the authors' own
+code does at inference; the resize is written here, without OpenCV.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FACTORS = (1.618, 1.0, 0.618)
+"""What a decision multiplies the learning rate by: raise, keep, lower."""
+
+LENGTH = 300
+"""Points of a window: 100 per cycle, the newest at the end."""
+
+MAX_CYCLES = 3
+
+
+def features(
+    train_losses: Sequence[float] | Tensor,
+    val_losses: Sequence[float] | Tensor | None,
+    lrs: Sequence[float] | Tensor,
+) -> Tensor:
+    """The window that a controller decides on.
+
+    Args:
+        train_losses: the loss of every step of the last k cycles, oldest first; any positive
+            number of them.
+        val_losses: the validation loss of every epoch of these cycles; None or empty if there is
+            no validation.
+        lrs: the learning rate of each of these cycles; k = len(lrs) is 1, 2 or 3.
+
+    Returns: [300, 3], float32, on the CPU: training loss, validation loss, learning rate. Each is
+        resized to 100*k points and padded on the left to 300 with 0, 0 and 1. The losses have mean
+        0 and standard deviation 1 (the training loss after the resize, which is linear; the
+        validation loss before, which is to the nearest), the learning rates are divided by the
+        first. No validation is all zeros.
+    Raises: ValueError for an argument that is empty, too long, not one-dimensional, not finite, or
+        a rate that is not positive.
+    Source: ARC, section 3.2.
+    """
+    train = _series("train_losses", train_losses)
+    rates = _series("lrs", lrs)
+    if len(rates) > MAX_CYCLES or bool((rates <= 0).any()):
+        raise ValueError(
+            f"lrs must be one to {MAX_CYCLES} positive learning rates, one for each of the last "
+            f"cycles, not {rates.tolist()}"
+        )
+    points = LENGTH // MAX_CYCLES * len(rates)
+    window = torch.zeros(LENGTH, 3, dtype=torch.float64)
+    window[:, 2] = 1
+    window[-points:, 0] = _standardized(_resized(train, points))
+    if val_losses is not None and len(val_losses) > 0:
+        valid = _standardized(_series("val_losses", val_losses))
+        window[-points:, 1] = _repeated(valid, points)
+    window[-points:, 2] = _repeated(rates / rates[0], points)
+    return window.float()
+
+
+def _series(name: str, values: Sequence[float] | Tensor) -> Tensor:
+    series = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
+    if series.ndim != 1 or len(series) == 0:
+        raise ValueError(
+            f"{name} must be a non-empty sequence of numbers, not of shape {tuple(series.shape)}"
+        )
+    bad = (~series.isfinite()).nonzero().flatten()
+    if len(bad):
+        raise ValueError(
+            f"{name}[{int(bad[0])}] is {float(series[bad[0]])}: only finite values can be judged; "
+            "a training whose loss is not finite needs its last good state back, and a lower rate"
+        )
+    return series
+
+
+def _standardized(x: Tensor) -> Tensor:
+    """Mean 0, standard deviation 1; a constant becomes zeros."""
+    # Scaled first: the square of a loss above 1e154 would overflow.
+    scale = x.abs().max().clamp_min(1)
+    centred = x / scale - (x / scale).mean()
+    return centred / (centred.square().mean().sqrt()).clamp_min(1e-7 / float(scale))
+
+
+def _resized(x: Tensor, points: int) -> Tensor:
+    """Linear interpolation between the centres of cells, without smoothing: batch noise stays."""
+    position = ((torch.arange(points, dtype=torch.float64) + 0.5) * len(x) / points - 0.5).clamp(
+        0, len(x) - 1
+    )
+    left = position.long()
+    right = (left + 1).clamp_max(len(x) - 1)
+    return torch.lerp(x[left], x[right], position - left)
+
+
+def _repeated(x: Tensor, points: int) -> Tensor:
+    """The nearest value below: point i takes x[i*len(x) // points]."""
+    return x[torch.arange(points) * len(x) // points]
+
+
+def _trend(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Slope, curvature and residual standard deviation of [N, points] over time -1 to 1, [N] each.
+
+    The parabola of least squares in t and t*t - mean(t*t), which are orthogonal on an even grid.
+    """
+    t = torch.linspace(-1, 1, x.shape[1], dtype=x.dtype)
+    bend = t.square() - t.square().mean()
+    centred = x - x.mean(1, keepdim=True)
+    slope, curvature = centred @ t / t.square().sum(), centred @ bend / bend.square().sum()
+    residual = centred - slope[:, None] * t - curvature[:, None] * bend
+    return slope, curvature, residual.square().mean(1).sqrt()
+
+
+def summary(windows: Tensor, cycles: int) -> Tensor:
+    """Twenty numbers that describe windows of the same number of cycles.
+
+    Args:
+        windows: [N, 300, 3], from `features`.
+        cycles: finished cycles in each of them, 1 to 3.
+
+    Returns: [N, 20], float32. Slopes are per half of the stretch that they are fitted to.
+        0-2: of the standardised training loss: slope over the window, slope over the last 50
+        points, residual around a parabola. 3-5: of the validation loss: slope, last, last - least.
+        6: cycles. 7, 8: log of the last and of the total change of the rate. 9: curvature of the
+        training loss. 10-12: of the training loss in the last cycle: correlation of neighbouring
+        residuals, slope, residual. 13: slope of the validation loss in the last cycle. 14: log of
+        the residual in the last cycle over that in the first. 15, 16: slope over residual, in the
+        last cycle and in the window. 17, 18: mean of both losses in the last cycle. 19: mean of
+        the last 10 training losses less the least of the window.
+    """
+    past = windows[:, -LENGTH // MAX_CYCLES * cycles :].double()
+    train, valid, rate = past.unbind(2)
+    last, first = train[:, -100:], train[:, :100]
+    slope, curvature, noise = _trend(train)
+    last_slope, _, last_noise = _trend(last)
+    columns = [
+        *(slope, _trend(train[:, -50:])[0], noise),
+        *(_trend(valid)[0], valid[:, -1], valid[:, -1] - valid.amin(1)),
+        torch.full_like(slope, cycles),
+        *((rate[:, -1] / rate[:, max(0, 100 * cycles - 101)]).log(), rate[:, -1].log()),
+        *(curvature, _neighbour_correlation(last), last_slope, last_noise),
+        _trend(valid[:, -100:])[0],
+        ((last_noise + 1e-3) / (_trend(first)[2] + 1e-3)).log(),
+        *(last_slope / (last_noise + 0.05), slope / (noise + 0.05)),
+        *(last.mean(1), valid[:, -100:].mean(1), train[:, -10:].mean(1) - train.amin(1)),
+    ]
+    return torch.stack(columns, 1).float()
+
+
+def _neighbour_correlation(x: Tensor) -> Tensor:
+    """Correlation of neighbours in [N, points] after the straight line is taken out, [N]."""
+    t = torch.linspace(-1, 1, x.shape[1], dtype=x.dtype)
+    centred = x - x.mean(1, keepdim=True)
+    residual = centred - (centred @ t / t.square().sum())[:, None] * t
+    return (residual[:, 1:] * residual[:, :-1]).mean(1) / (residual.square().mean(1) + 1e-6)
+
+
+class Controller(nn.Module):
+    """Decides on a learning rate; `forward` takes a batch of `inputs` to logits [N, 3]."""
+
+    architecture: str
+
+    def inputs(self, windows: Tensor, cycles: int) -> Tensor:
+        """What the network reads of windows [N, 300, 3] of `cycles` cycles."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of the constructor, as stored in a weight file."""
+        return {}
+
+    @torch.no_grad()
+    def probabilities(
+        self,
+        train_losses: Sequence[float] | Tensor,
+        val_losses: Sequence[float] | Tensor | None,
+        lrs: Sequence[float] | Tensor,
+    ) -> tuple[float, float, float]:
+        """The probabilities that raising, keeping and lowering the rate is best, in this order.
+
+        Args, Raises: as `features`; `FACTORS` has what each decision multiplies the rate by.
+        """
+        window = features(train_losses, val_losses, lrs)
+        # The weights' dtype and device are the caller's choice; the answer is small.
+        weight = next(self.parameters())
+        logits = self(self.inputs(window[None], len(lrs)).to(weight))
+        up, keep, down = logits[0].double().softmax(0).tolist()
+        return up, keep, down
+
+
+class ConvLSTM(Controller):
+    """The network of the paper: two convolutions, two LSTMs, two dense layers; 79 555 numbers.
+
+    Keras counts 79 043: its LSTM has one bias vector, torch's has two.
+
+    Source: ARC, Figure 2.
+    """
+
+    architecture = "conv_lstm"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            *(nn.Conv1d(3, 32, 5), nn.ReLU(), nn.MaxPool1d(2)),
+            *(nn.Conv1d(32, 64, 5), nn.ReLU(), nn.MaxPool1d(2)),
+        )
+        self.lstm = nn.LSTM(64, 64, num_layers=2, batch_first=True)
+        self.dense = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
+
+    def inputs(self, windows: Tensor, cycles: int) -> Tensor:
+        return windows
+
+    def forward(self, windows: Tensor) -> Tensor:
+        steps = self.conv(windows.transpose(1, 2)).transpose(1, 2)
+        logits: Tensor = self.dense(self.lstm(steps)[0][:, -1])
+        return logits
+
+
+class SummaryNet(Controller):
+    """Means the answers of `members` small perceptrons on the twenty numbers of `summary`.
+
+    Args:
+        hidden: width of the one hidden layer of each member; 0 makes it a logistic model.
+        members: networks of the same shape, each [20, hidden] and [hidden, 3].
+    """
+
+    architecture = "summary"
+    INPUTS = 20
+    LIMIT = 5.0
+    """Standardised inputs are clamped to this: no curve is further out than those learnt from."""
+
+    def __init__(self, hidden: int, members: int = 1) -> None:
+        super().__init__()
+        self.hidden, self.members = hidden, members
+        self.mean = nn.Parameter(torch.zeros(self.INPUTS), requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(self.INPUTS), requires_grad=False)
+        sizes = (self.INPUTS, hidden, 3) if hidden else (self.INPUTS, 3)
+        pairs = list(pairwise(sizes))
+        self.weights = nn.ParameterList(
+            torch.randn(members, a, b) * math.sqrt(1 / a) for a, b in pairs
+        )
+        self.biases = nn.ParameterList(torch.zeros(members, 1, b) for _, b in pairs)
+
+    def options(self) -> dict[str, Any]:
+        return {"hidden": self.hidden, "members": self.members}
+
+    def inputs(self, windows: Tensor, cycles: int) -> Tensor:
+        return summary(windows, cycles)
+
+    def each(self, numbers: Tensor) -> Tensor:
+        """[N, 20] to the logits of every member, [members, N, 3]."""
+        scaled = ((numbers - self.mean) / self.scale).clamp(-self.LIMIT, self.LIMIT)
+        x = scaled.expand(self.members, *scaled.shape)
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+            x = F.silu(torch.baddbmm(bias, x, weight))
+        return torch.baddbmm(self.biases[-1], x, self.weights[-1])
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return self.each(numbers).softmax(2).mean(0).log()
+
+
+ARCHITECTURES: dict[str, type[Controller]] = {c.architecture: c for c in (ConvLSTM, SummaryNet)}
+
+WEIGHTS: dict[str, str] = {}
+"""Names that `load` knows, with the SHA-256 of the files in pyoptim/weights."""
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16}
+_FOLDER = Path(__file__).parent / "weights"
+
+
+def load(name_or_path: str | Path = "default", sha256: str | None = None) -> Controller:
+    """A trained controller, ready to decide.
+
+    Args:
+        name_or_path: one of `WEIGHTS`, which come with the package, or a file that `save` wrote.
+        sha256: checksum that a file given by path must have; None does not check it.
+
+    Raises: ValueError for a file that is not what it should be; FileNotFoundError if there is none.
+    """
+    name = str(name_or_path)
+    if name in WEIGHTS:
+        path, sha256 = _FOLDER / f"arc-{name}.safetensors", WEIGHTS[name]
+    elif not (path := Path(name_or_path)).is_file():
+        raise FileNotFoundError(
+            f"no controller {name!r}: give one of {', '.join(WEIGHTS)} or a path to a weight file"
+        )
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if sha256 is not None and found != sha256.lower():
+        raise ValueError(
+            f"{path} has SHA-256 {found}, not {sha256}: it is damaged or another version; "
+            "install pyoptim again, or fetch the file again"
+        )
+    try:
+        return _decoded(content)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a weight file of a controller: {error}") from error
+
+
+def save(controller: Controller, path: str | Path, note: str = "") -> str:
+    """Writes a controller as a safetensors file, float32; returns its SHA-256."""
+    state = {name: value.detach().float() for name, value in controller.state_dict().items()}
+    options = json.dumps(controller.options())
+    header: dict[str, Any] = {
+        "__metadata__": {"arc": controller.architecture, "options": options, "note": note}
+    }
+    begin = 0
+    for name, value in state.items():
+        end = begin + 4 * value.numel()
+        offsets = [begin, end]
+        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": offsets}
+        begin = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    body = b"".join(bytes(value.flatten().view(torch.uint8).tolist()) for value in state.values())
+    content = len(text).to_bytes(8, "little") + text + body
+    Path(path).write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _decoded(content: bytes) -> Controller:
+    length = int.from_bytes(content[:8], "little")
+    header: Mapping[str, Any] = json.loads(content[8 : 8 + length])
+    metadata = header["__metadata__"]
+    controller = ARCHITECTURES[metadata["arc"]](**json.loads(metadata["options"]))
+    body = memoryview(content)[8 + length :]
+    state = {name: _tensor(body, entry) for name, entry in header.items() if name != "__metadata__"}
+    controller.load_state_dict(state)
+    return controller.float().eval()
+
+
+def _tensor(body: memoryview, entry: Mapping[str, Any]) -> Tensor:
+    begin, end = entry["data_offsets"]
+    data = torch.frombuffer(bytearray(body[begin:end]), dtype=_DTYPES[entry["dtype"]])
+    return data.reshape(entry["shape"])

@@ -1,0 +1,327 @@
+"""ARC as a scheduler: what it shows the network, what it does with the answer, and the guard."""
+
+import copy
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import pyoptim
+from pyoptim.lr_scheduler import ARC
+
+RAISE, KEEP, LOWER = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
+
+
+class Says:
+    """A controller that answers what it is told and remembers what it was shown."""
+
+    def __init__(self, *answers: tuple[float, ...]) -> None:
+        self.answers = list(answers)
+        self.seen: list[tuple[list[float], list[float], list[float]]] = []
+
+    def __call__(self, train: list[float], val: list[float], lrs: list[float]) -> tuple[float, ...]:
+        self.seen.append((train, val, lrs))
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+
+
+def sgd(*lrs: Any) -> pyoptim.SGD:
+    groups = [{"params": [torch.zeros(2, requires_grad=True)], "lr": lr} for lr in lrs or (0.1,)]
+    return pyoptim.SGD(groups, lr=0.1)
+
+
+def run(
+    scheduler: ARC, epochs: int, loss: Callable[[int], float] = lambda i: 1.0 / (i + 1)
+) -> None:
+    """Two steps per epoch; the validation loss is the first of them."""
+    for _ in range(epochs):
+        epoch = scheduler.last_epoch
+        for i in (2 * epoch, 2 * epoch + 1):
+            scheduler.record(loss(i))
+        scheduler.step(loss(2 * epoch))
+
+
+def lr_of(scheduler: ARC, group: int = 0) -> float:
+    return float(scheduler.optimizer.param_groups[group]["lr"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "factor"), [(RAISE, 1.618), (KEEP, 1.0), (LOWER, 0.618), ((0.2, 0.3, 0.5), 0.618)]
+)
+def test_the_likeliest_answer_multiplies_the_rate(answer: Any, factor: float) -> None:
+    scheduler = ARC(sgd(), 2, weights=Says(answer))
+    run(scheduler, 1)
+    assert lr_of(scheduler) == 0.1
+    assert scheduler.decisions == []
+    run(scheduler, 1)
+    assert lr_of(scheduler) == 0.1 * factor
+    assert scheduler.get_last_lr() == [0.1 * factor]
+    assert [d.epoch for d in scheduler.decisions] == [2]
+    assert scheduler.decisions[0].probabilities == pytest.approx(answer)
+
+
+def test_the_network_sees_the_last_three_cycles() -> None:
+    says = Says(RAISE)
+    scheduler = ARC(sgd(), 2, weights=says)
+    run(scheduler, 10)
+    losses = [1.0 / (i + 1) for i in range(20)]
+    rates = [0.1 * 1.618**n for n in range(5)]
+    for n, seen in enumerate(says.seen):
+        first = max(0, n - 2)
+        train = losses[4 * first : 4 * n + 4]
+        assert seen == (train, train[::2], pytest.approx(rates[first : n + 1]))
+
+
+def test_losses_may_be_tensors_and_validation_may_be_missing() -> None:
+    by_tensor, by_number = Says(KEEP), Says(KEEP)
+    for says, kind in ((by_tensor, torch.tensor), (by_number, float)):
+        scheduler = ARC(sgd(), 1, weights=says)
+        loss = torch.tensor(3.0)
+        for value in (3.0, 2.5, 0.125):
+            loss.fill_(value)
+            scheduler.record(loss if kind is torch.tensor else value)
+        scheduler.step()
+    assert by_tensor.seen == by_number.seen == [([3.0, 2.5, 0.125], [], [0.1])]
+
+
+@pytest.mark.parametrize(
+    ("interval", "epochs", "expected"),
+    [("auto", None, 3), ("auto", 30, 3), ("auto", 98, 9), ("auto", 4, 1), (5, 98, 5)],
+)
+def test_the_interval_makes_about_ten_decisions(interval: Any, epochs: Any, expected: int) -> None:
+    assert ARC(sgd(), interval, epochs, weights=Says(KEEP)).interval == expected
+
+
+def test_groups_keep_their_ratio_and_a_tensor_stays_that_tensor() -> None:
+    lr = torch.tensor(0.02)
+    scheduler = ARC(sgd(0.1, lr), 1, weights=Says(RAISE))
+    run(scheduler, 2)
+    assert lr_of(scheduler) == pytest.approx(0.1 * 1.618**2)
+    assert scheduler.optimizer.param_groups[1]["lr"] is lr
+    assert lr.item() == pytest.approx(0.02 * 1.618**2)
+
+
+@pytest.mark.parametrize(
+    ("answer", "bounds", "expected"),
+    [
+        (RAISE, {"max_lr": 0.12}, (0.12, 0.012)),
+        (LOWER, {"min_lr": 0.009}, (0.09, 0.009)),
+        (RAISE, {"max_lr": 0.1}, (0.1, 0.01)),
+    ],
+)
+def test_a_move_ends_at_the_bounds_for_all_groups_alike(
+    answer: Any, bounds: dict[str, float], expected: tuple[float, float]
+) -> None:
+    scheduler = ARC(sgd(0.1, 0.01), 1, weights=Says(answer), **bounds)
+    run(scheduler, 1)
+    assert (lr_of(scheduler, 0), lr_of(scheduler, 1)) == pytest.approx(expected, rel=1e-12)
+    assert scheduler.decisions[0].factor == pytest.approx(expected[0] / 0.1)
+    assert scheduler.decisions[0].lrs == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_rate_of_zero_is_kept() -> None:
+    scheduler = ARC(sgd(0.0), 1, weights=Says(RAISE))
+    run(scheduler, 2)
+    assert lr_of(scheduler) == 0.0
+    assert scheduler.decisions[1].action == "keep"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["train", "val"])
+def test_a_loss_that_is_not_finite_lowers(bad: float, where: str) -> None:
+    says = Says(RAISE)
+    scheduler = ARC(sgd(), 1, weights=says)
+    scheduler.record(bad if where == "train" else 1.0)
+    scheduler.step(bad if where == "val" else 1.0)
+    assert scheduler.decisions[0].guard == "not finite"
+    assert lr_of(scheduler) == 0.1 * 0.618
+    assert says.seen == []
+    # The bad cycle is not shown later.
+    run(scheduler, 1)
+    assert says.seen == [([1 / 3, 1 / 4], [1 / 3], [0.1 * 0.618])]
+    assert scheduler.decisions[1].guard is None
+
+
+def test_without_guard_a_loss_that_is_not_finite_keeps_the_rate() -> None:
+    scheduler = ARC(sgd(), 1, weights=Says(RAISE), guard=False)
+    scheduler.record(math.nan)
+    scheduler.step()
+    assert lr_of(scheduler) == 0.1
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "diverged"),
+    [(1.0, 2.9, False), (1.0, 3.1, True), (-1.0, 0.9, False), (-1.0, 1.1, True)],
+)
+def test_a_loss_far_above_its_start_lowers(first: float, later: float, diverged: bool) -> None:
+    scheduler = ARC(sgd(), 1, weights=Says(KEEP))
+    for loss in (first, later):
+        scheduler.record(loss)
+        scheduler.step()
+    assert scheduler.decisions[1].guard == ("diverged" if diverged else None)
+    assert lr_of(scheduler) == (0.1 * 0.618 if diverged else 0.1)
+
+
+def trained(restore: bool) -> tuple[nn.Linear, pyoptim.Adam, ARC]:
+    model = nn.Linear(2, 1)
+    adam = pyoptim.Adam(model.parameters(), lr=0.1)
+    scheduler = ARC(adam, 1, weights=Says(RAISE), restore=model if restore else None)
+    return model, adam, scheduler
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.ones(3, 2)).sum().backward()
+    optimizer.step()
+
+
+def test_the_guard_restores_model_and_optimizer_and_lowers() -> None:
+    model, adam, scheduler = trained(restore=True)
+    train_step(model, adam)
+    scheduler.record(1.0)
+    scheduler.step()
+    good = copy.deepcopy((model.state_dict(), adam.state_dict()["state"]))
+    raised = lr_of(scheduler)
+    train_step(model, adam)
+    with torch.no_grad():
+        model.weight.fill_(math.nan)
+    scheduler.record(math.nan)
+    scheduler.step()
+    torch.testing.assert_close(model.state_dict(), good[0], rtol=0, atol=0)
+    torch.testing.assert_close(adam.state_dict()["state"], good[1], rtol=0, atol=0)
+    assert scheduler.decisions[1].restored
+    # What was kept had the rate from before the raise.
+    assert lr_of(scheduler) == pytest.approx(min(0.1, raised) * 0.618)
+    train_step(model, adam)
+    assert model.weight.isfinite().all()
+
+
+def test_the_first_cycle_can_be_undone_too() -> None:
+    model, adam, scheduler = trained(restore=True)
+    start = copy.deepcopy(model.state_dict())
+    train_step(model, adam)
+    scheduler.record(math.inf)
+    scheduler.step()
+    torch.testing.assert_close(model.state_dict(), start, rtol=0, atol=0)
+    assert adam.state_dict()["state"] == {}
+
+
+def test_without_restore_weights_are_left_alone() -> None:
+    model, adam, scheduler = trained(restore=False)
+    train_step(model, adam)
+    before = copy.deepcopy(model.state_dict())
+    scheduler.record(math.nan)
+    scheduler.step()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert not scheduler.decisions[0].restored
+
+
+def test_a_resumed_run_decides_as_if_never_stopped() -> None:
+    def curve(i: int) -> float:
+        return math.exp(-0.1 * i) + 0.05 * math.sin(7 * i)
+
+    def likely(*window: list[float]) -> tuple[float, ...]:
+        return tuple(abs(sum(math.sin(50 * x) for x in values)) for values in window)
+
+    whole = ARC(sgd(), 2, weights=likely)
+    run(whole, 11, curve)
+    for stop in (3, 6):
+        first = ARC(sgd(), 2, weights=likely)
+        run(first, stop, curve)
+        first.record(
+            torch.tensor(curve(2 * stop), dtype=torch.float64)
+        )  # in the middle of an epoch
+        file = io.BytesIO()
+        torch.save((first.state_dict(), first.optimizer.state_dict()), file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+        second = ARC(sgd(), 2, weights=likely)
+        second.optimizer.load_state_dict(saved[1])
+        second.load_state_dict(saved[0])
+        second.record(curve(2 * stop + 1))
+        second.step(curve(2 * stop))
+        run(second, 11 - stop - 1, curve)
+        assert second.decisions == whole.decisions
+        assert lr_of(second) == lr_of(whole)
+
+
+def test_a_bad_state_dict_changes_nothing() -> None:
+    scheduler = ARC(sgd(), 1, weights=Says(RAISE))
+    run(scheduler, 2)
+    before = scheduler.state_dict()
+    with pytest.raises(KeyError, match="first_mean"):
+        scheduler.load_state_dict({k: v for k, v in before.items() if k != "first_mean"})
+    assert scheduler.state_dict() == before
+
+
+def test_a_caller_per_batch_counts_epochs() -> None:
+    scheduler = ARC(sgd(), 1, weights=Says(RAISE), steps_per_epoch=4)
+    for i in range(8):
+        scheduler.record(1.0 / (i + 1))
+        scheduler.step()
+    assert [d.epoch for d in scheduler.decisions] == [1, 2]
+
+
+def test_a_cycle_without_losses_is_an_error_that_changes_nothing() -> None:
+    scheduler = ARC(sgd(), 1, weights=Says(RAISE))
+    with pytest.raises(ValueError, match=r"record\(train_loss\) was not called"):
+        scheduler.step(1.0)
+    assert scheduler.last_epoch == 0
+    scheduler.record(1.0)
+    scheduler.step(1.0)
+    assert scheduler.last_epoch == 1
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "interval": ({"interval": 0}, "interval must be"),
+    "bool": ({"interval": True}, "interval must be"),
+    "word": ({"interval": "often"}, "interval must be"),
+    "epochs": ({"epochs": 0}, "epochs must be"),
+    "bounds": ({"min_lr": 1.0, "max_lr": 0.5}, "min_lr <= max_lr"),
+    "steps": ({"steps_per_epoch": 0}, "steps_per_epoch must be"),
+    "last_epoch": ({"last_epoch": 3}, "last_epoch must be -1"),
+    "restore": ({"restore": [3]}, "restore must be"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_argument_is_named(name: str) -> None:
+    options, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        ARC(sgd(), **{"weights": Says(KEEP), **options})
+
+
+def test_a_loss_of_several_elements_is_refused() -> None:
+    scheduler = ARC(sgd(), weights=Says(KEEP))
+    with pytest.raises(ValueError, match="train_loss must have 1 element"):
+        scheduler.record(torch.ones(2))
+
+
+def test_no_warning_about_the_order_of_steps(recwarn: pytest.WarningsRecorder) -> None:
+    model, adam, scheduler = trained(restore=False)
+    for _ in range(2):
+        train_step(model, adam)
+        scheduler.record(1.0)
+        scheduler.step()
+    assert [str(w.message) for w in recwarn] == []
+
+
+def _decide(rank: int, file: str, results: Any) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
+    scheduler = ARC(sgd(), 1, weights=Says(RAISE if rank == 0 else LOWER))
+    for loss in (1.0, 1.0 if rank == 0 else math.nan):
+        scheduler.record(loss)
+        scheduler.step()
+    results[rank] = (lr_of(scheduler), scheduler.decisions[1].guard)
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_take_the_decision_of_the_first(tmp_path: Any) -> None:
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(_decide, (str(tmp_path / "store"), results), nprocs=2)
+        found = dict(results)
+    assert found[0] == found[1] == (pytest.approx(0.1 * 1.618**2), None)
