@@ -9,6 +9,11 @@ from pathlib import Path
 from . import generate
 
 
+def _generate(options: argparse.Namespace) -> None:
+    cohorts = [generate.draw_cohort(i) for i in range(options.cohorts)]
+    generate.generate(options.folder, cohorts, options.workers)
+
+
 def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     top = argparse.ArgumentParser(prog="python -m pyoptim.bench.arc", description=__doc__)
@@ -17,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--folder", type=Path, default=Path("arc-data"))
     make.add_argument("--cohorts", type=int, default=420, help="files of 60 points each")
     make.add_argument("--workers", type=int, default=1, help="processes of one thread each")
-    make.set_defaults(run=lambda a: generate.generate(a.folder, a.cohorts, a.workers))
+    make.set_defaults(run=_generate)
     return top
 
 
