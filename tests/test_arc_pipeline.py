@@ -597,7 +597,7 @@ QUICK = train.Fit(epochs=8, batch=64, lr=1e-2)
 @pytest.mark.parametrize("hidden", [0, 8])
 def test_summary_net_learns_curves_of_held_out_families(hidden: int) -> None:
     some = made_points()
-    taken = train.cross_validate(some, train.summary_net(hidden, 2, QUICK), seed=0)
+    taken = train.cross_validate(some, train.Recipe(QUICK, hidden, 2), seed=0)
     for decisions in taken.values():
         assert train.score(some, decisions).accuracy > 0.9
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,18 +88,16 @@ def inputs(controller: Controller, windows: Tensor, cycles: Tensor) -> Tensor:
     return torch.cat(read)[torch.cat(parts).argsort()]
 
 
-def targets(points: Points, soft: bool) -> Tensor:
-    """[points, 3]: the probabilities of each branch, or all on the corrected label."""
-    if soft:
-        return points.soft.float()
-    return F.one_hot(points.labels, 3).float()
+def targets(points: Points, soft: float) -> Tensor:
+    """[points, 3]: the corrected labels mixed with a share `soft` of the soft targets."""
+    return torch.lerp(F.one_hot(points.labels, 3).float(), points.soft.float(), soft)
 
 
 @dataclass(frozen=True)
 class Fit:
     """How a controller is trained."""
 
-    soft: bool = False
+    soft: float = 0.0  # share of the soft targets in what is learnt
     pairwise: bool = False  # half of the loss is the official script's raise-or-lower part
     epochs: int = 40
     batch: int = 512
@@ -191,25 +190,30 @@ def decide(controller: Controller, points: Points, with_validation: bool = True)
 Predict = Callable[[Points, bool], Tensor]
 """(points, with validation) to the branch taken at each."""
 
+Train = Callable[[Points, int], Predict]
+"""(points, seed) to what was learnt from them."""
 
-def constant(branch: int) -> Callable[[Points, int], Predict]:
+
+def constant(branch: int) -> Train:
     return lambda _, __: lambda points, ___: torch.full((len(points),), branch)
 
 
-def summary_net(hidden: int, members: int, fit: Fit) -> Callable[[Points, int], Predict]:
-    def train(points: Points, seed: int) -> Predict:
-        net = fit_summary(points, hidden, members, fit, seed)
-        return lambda held, valid: decide(net, held, valid)
+@dataclass(frozen=True)
+class Recipe:
+    """A controller to be trained: the paper's network, or a `SummaryNet` of some width."""
 
-    return train
+    fit: Fit
+    hidden: int | None = None  # None is the paper's network
+    members: int = 1
 
+    def controller(self, points: Points, seed: int) -> Controller:
+        if self.hidden is None:
+            return fit_conv_lstm(points, self.fit, seed)
+        return fit_summary(points, self.hidden, self.members, self.fit, seed)
 
-def conv_lstm(fit: Fit) -> Callable[[Points, int], Predict]:
-    def train(points: Points, seed: int) -> Predict:
-        net = fit_conv_lstm(points, fit, seed)
-        return lambda held, valid: decide(net, held, valid)
-
-    return train
+    def __call__(self, points: Points, seed: int) -> Predict:
+        trained = self.controller(points, seed)
+        return lambda held, valid: decide(trained, held, valid)
 
 
 def numbers_of(points: Points, columns: int, with_validation: bool = True) -> np.ndarray:
@@ -218,21 +222,19 @@ def numbers_of(points: Points, columns: int, with_validation: bool = True) -> np
     return inputs(SummaryNet(0), windows, points.cycles)[:, :columns].numpy()
 
 
-def sklearn_model(make: Callable[[int], object], columns: int) -> Callable[[Points, int], Predict]:
+def sklearn_model(make: Callable[[int], Any], columns: int) -> Train:
     """A classifier of scikit-learn, trained on points with and without validation."""
 
     def train(points: Points, seed: int) -> Predict:
         model = make(seed)
         rows = [numbers_of(points, columns, valid) for valid in (True, False)]
-        model.fit(np.concatenate(rows), np.tile(points.labels.numpy(), 2))  # type: ignore[attr-defined]
-        return lambda held, valid: torch.from_numpy(
-            model.predict(numbers_of(held, columns, valid))  # type: ignore[attr-defined]
-        )
+        model.fit(np.concatenate(rows), np.tile(points.labels.numpy(), 2))
+        return lambda held, valid: torch.from_numpy(model.predict(numbers_of(held, columns, valid)))
 
     return train
 
 
-def _trees(seed: int) -> object:
+def _trees(seed: int) -> Any:
     from sklearn.ensemble import HistGradientBoostingClassifier
 
     return HistGradientBoostingClassifier(
@@ -240,7 +242,7 @@ def _trees(seed: int) -> object:
     )
 
 
-def _logistic(seed: int) -> object:
+def _logistic(seed: int) -> Any:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -249,31 +251,41 @@ def _logistic(seed: int) -> object:
 
 
 SLOW = Fit(epochs=12, batch=128, lr=1e-3)
-CANDIDATES: dict[str, Callable[[Points, int], Predict]] = {
+RECIPES = {
+    "logistic": Recipe(Fit(), hidden=0),
+    "logistic, half soft": Recipe(Fit(soft=0.5), hidden=0),
+    "perceptrons": Recipe(Fit(), hidden=24, members=8),
+    "perceptrons, half soft": Recipe(Fit(soft=0.5), hidden=24, members=8),
+    "perceptrons, soft": Recipe(Fit(soft=1.0), hidden=24, members=8),
+    "conv-lstm": Recipe(SLOW),
+    "conv-lstm, official loss": Recipe(replace(SLOW, pairwise=True)),
+    "conv-lstm, half soft": Recipe(replace(SLOW, soft=0.5)),
+}
+BASELINES: dict[str, Train] = {
     "always raise": constant(RAISE),
     "always keep": constant(KEEP),
     "logistic, 9 numbers": sklearn_model(_logistic, 9),
     "trees, 9 numbers": sklearn_model(_trees, 9),
     "trees, 20 numbers": sklearn_model(_trees, 20),
-    "logistic, 20 numbers": summary_net(0, 1, Fit()),
-    "logistic, 20 numbers, soft": summary_net(0, 1, Fit(soft=True)),
-    "perceptrons": summary_net(24, 8, Fit()),
-    "perceptrons, soft": summary_net(24, 8, Fit(soft=True)),
-    "conv_lstm": conv_lstm(SLOW),
-    "conv_lstm, official loss": conv_lstm(Fit(**{**vars(SLOW), "pairwise": True})),
-    "conv_lstm, soft": conv_lstm(Fit(**{**vars(SLOW), "soft": True})),
 }
+CANDIDATES: dict[str, Train] = {**BASELINES, **RECIPES}
 
 
-def cross_validate(
-    points: Points, train: Callable[[Points, int], Predict], seed: int
-) -> dict[bool, Tensor]:
-    """The decision at every point by a controller that never saw its family; by with-validation."""
-    taken = {valid: torch.full((len(points),), -1) for valid in (True, False)}
+def held_out(points: Points) -> Iterator[Tensor]:
+    """Masks of the points of each fold's families, where there are any."""
     for fold in FOLDS:
         held = torch.from_numpy(np.isin(points.families, fold))
-        if not held.any() or held.all():
-            continue
+        if held.any() and not held.all():
+            yield held
+
+
+def cross_validate(points: Points, train: Train, seed: int) -> dict[bool, Tensor]:
+    """The decision at every point by a controller that never saw its family.
+
+    Returns: by with-validation, [points]; -1 where there is no fold for the point.
+    """
+    taken = {valid: torch.full((len(points),), -1) for valid in (True, False)}
+    for held in held_out(points):
         predict = train(points.select(~held), seed)
         for valid, decisions in taken.items():
             decisions[held] = predict(points.select(held), valid)

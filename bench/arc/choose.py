@@ -1,0 +1,82 @@
+"""Closed loop: whole trainings of held-out families, steered by controllers that never saw them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyoptim.arc import Controller
+
+from .compare import Outcome, best_so_far, simulate
+from .generate import Cohort, draw_cohort
+from .points import Points
+from .schedules import RIVALS, MakePolicy, controlled
+from .tasks import TASKS
+from .train import FOLDS, Recipe
+
+EPOCHS = 28
+SEEDS = 3
+# Per optimizer: far too small, usual, at the edge.
+START_RATES = {
+    "adam": (3e-5, 1e-3, 3e-2),
+    "rmsprop": (3e-5, 1e-3, 3e-2),
+    "sgd": (3e-3, 0.1, 1.0),
+    "momentum": (3e-4, 1e-2, 0.1),
+}
+
+
+def proxies(tasks: Sequence[str]) -> list[Cohort]:
+    """One cohort of whole trainings per task; the optimizers take turns."""
+    optimizers = list(START_RATES)
+    return [
+        replace(
+            draw_cohort(10_000 + i),
+            task=task,
+            optimizer=optimizers[i % len(optimizers)],
+            epochs=EPOCHS,
+            steps=20,
+            batch=16,
+            rates=START_RATES[optimizers[i % len(optimizers)]],
+        )
+        for i, task in enumerate(tasks)
+    ]
+
+
+def train_for_folds(
+    points: Points, recipes: Mapping[str, Recipe], seed: int
+) -> dict[str, list[Controller]]:
+    """For each recipe, one controller per fold, which never saw that fold's families."""
+    masks = [torch.from_numpy(np.isin(points.families, fold)) for fold in FOLDS]
+    return {
+        name: [recipe.controller(points.select(~held), seed) for held in masks]
+        for name, recipe in recipes.items()
+    }
+
+
+def closed_loop(cohort: Cohort, controllers: Mapping[str, list[Controller]]) -> Outcome:
+    """The task of a cohort under the rivals and the controllers of the fold that holds it out."""
+    family = TASKS[cohort.task].family
+    fold = next(i for i, families in enumerate(FOLDS) if family in families)
+    policies: dict[str, MakePolicy] = {
+        **RIVALS,
+        **{name: controlled(by_fold[fold]) for name, by_fold in controllers.items()},
+    }
+    draw, rng = random.Random(cohort.index), torch.Generator().manual_seed(cohort.index)
+    problem = TASKS[cohort.task].build(draw, rng)
+    return simulate(problem, cohort, policies, SEEDS, problem.losses)
+
+
+def shares_lost(outcome: Outcome) -> Tensor:
+    """How far each policy's best loss is from the best policy's, [policies, rates].
+
+    Mean over seeds of (loss - best)/(worst - best), over the policies of the same start.
+    """
+    final = best_so_far(outcome.metric, higher_is_better=False)[..., -1]
+    best, worst = final.amin(0), final.where(final.isfinite(), -torch.inf).amax(0)
+    share = (final - best) / (worst - best).clamp_min(1e-12)
+    return share.nan_to_num(posinf=1.0).clamp(0, 1).mean(2)
