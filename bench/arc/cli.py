@@ -69,7 +69,9 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--workers", type=int, default=1, help="processes of one thread each")
     data.add_argument("--results", type=Path, default=Path("arc-controllers.json"))
     data.add_argument("--seeds", type=int, default=1)
-    data.add_argument("--candidates", nargs="+", default=list(CANDIDATES), choices=CANDIDATES)
+    data.add_argument(
+        "--candidates", nargs="+", metavar="NAME", default=list(CANDIDATES), choices=CANDIDATES
+    )
     data.add_argument("--weights", type=Path, default=Path("weights"), help="where weights go")
     steps = {
         "generate": (_generate, "train and branch; continues where it was stopped"),

@@ -210,8 +210,6 @@ def _unseen_table(rows: list[tuple[str, Row]]) -> str:
             for (name, value), mean, place in zip(cell.items(), means, places, strict=True):
                 spread = statistics.pstdev(value["best"])
                 final, steps = statistics.mean(value["final"]), statistics.mean(value["steps"])
-                lines.append(
-                    [task, rate, name, f"{mean:.2f} ± {spread:.2f}", f"{final:.2f}"]
-                    + [f"{steps:.0f}", str(place)]
-                )
+                measured = [f"{mean:.2f} ± {spread:.2f}", f"{final:.2f}", f"{steps:.0f}"]
+                lines.append([task, rate, name, *measured, str(place)])
     return _table(["task", "initial rate", "policy", "best", "final", "steps", "place"], lines)
