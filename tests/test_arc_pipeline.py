@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 import pyoptim
 from pyoptim import arc
 from pyoptim.arc import ConvLSTM, SummaryNet, features, load, save, summary
-from pyoptim.bench.arc import generate, points, train
+from pyoptim.bench.arc import choose, cli, compare, generate, points, results, schedules, train
 from pyoptim.bench.arc.generate import Cohort, Stack
 from pyoptim.bench.arc.layers import GRU, Attention, BatchNorm, Conv, Embedding, Linear, create
 from pyoptim.bench.arc.tasks import TASKS, Problem
+from pyoptim.bench.arc.unseen import FASHION, LSTM, UNSEEN, words
 
 
 @pytest.fixture(autouse=True)
@@ -632,3 +633,243 @@ def test_optimizers_are_those_of_pyoptim() -> None:
         pyoptim.RMSprop,
         pyoptim.SGD,
     }
+
+
+def test_caution_takes_from_raise_alone() -> None:
+    some = made_points(100)
+    calm, careful = (
+        train.Recipe(QUICK, 4, 2, caution).controller(some, seed=0) for caution in (0.0, 2.0)
+    )
+    assert isinstance(calm, SummaryNet)
+    assert isinstance(careful, SummaryNet)
+    numbers = train.inputs(calm, some.windows, some.cycles)
+    taken = calm.each(numbers) - careful.each(numbers)
+    torch.testing.assert_close(taken, torch.tensor([2.0, 0, 0]).expand_as(taken))
+
+
+# --- whole trainings ------------------------------------------------------------------------------
+
+
+def rates_of(policy: schedules.Policy, start: float, epochs: int, loss: float = 1.0) -> list[float]:
+    return [start] + [policy.next_rate([loss], loss) for _ in range(epochs - 1)]
+
+
+def test_rival_schedules_are_those_of_the_paper() -> None:
+    assert rates_of(schedules.constant(0.1, 7), 0.1, 7) == [0.1] * 7
+    falling = rates_of(schedules.exponential(0.1, 7), 0.1, 7)
+    assert falling == pytest.approx([0.1 * 0.9**i for i in range(7)])
+    # Three cosines in 28 epochs, of 4, 8 and 16.
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    oracle = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 4, T_mult=2)
+    expected = []
+    for _ in range(28):
+        expected += oracle.get_last_lr()
+        optimizer.step()
+        oracle.step()
+    assert rates_of(schedules.CyclicCosine(0.1, 28), 0.1, 28) == pytest.approx(expected)
+    stalled = rates_of(schedules.Plateau(0.1, 28), 0.1, 12)
+    assert stalled[:4] == [0.1] * 4
+    assert stalled[4] == pytest.approx(0.01)
+
+
+class Recorder(arc.Controller):
+    """Raises, keeps, lowers, raises ..., and remembers what it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple] = []
+
+    def probabilities(self, train_losses, val_losses, lrs) -> tuple[float, float, float]:
+        self.seen.append((list(train_losses), list(val_losses), list(lrs)))
+        turn = (len(self.seen) - 1) % 3
+        return tuple(float(i == turn) for i in range(3))
+
+
+def test_controlled_training_is_asked_after_each_cycle_about_the_last_three() -> None:
+    recorder = Recorder()
+    policy = schedules.Controlled(recorder, 0.1, 20)
+    rates = [0.1]
+    for epoch in range(10):
+        rates.append(policy.next_rate([epoch + 0.25, epoch + 0.75], float(epoch)))
+    assert len(recorder.seen) == 5
+    up, down = 0.1 * 1.618, 0.1 * 1.618 * 0.618
+    assert rates[:9] == pytest.approx([0.1, 0.1, up, up, up, up, down, down, down * 1.618])
+    train_losses, valid, lrs = recorder.seen[3]
+    assert valid == [2, 3, 4, 5, 6, 7]
+    assert train_losses == [v + part for v in valid for part in (0.25, 0.75)]
+    assert lrs == pytest.approx([up, up, down])
+
+
+def test_controlled_training_lowers_on_a_loss_that_is_not_finite() -> None:
+    recorder = Recorder()
+    policy = schedules.Controlled(recorder, 0.1, 10)
+    assert policy.next_rate([1.0, math.nan], 1.0) == pytest.approx(0.0618)
+    assert recorder.seen == []
+
+
+def test_policies_start_alike_and_differ_by_their_rates_alone() -> None:
+    problem = problem_of("wine-mlp")
+    cohort = dataclasses.replace(tiny("wine-mlp", "sgd", (0.1, 0.01)), epochs=4)
+    policies = {"constant": schedules.constant, "again": schedules.constant}
+    policies["falling"] = schedules.exponential
+    done = compare.simulate(problem, cohort, policies, 2, problem.losses)
+    assert done.metric.shape == (3, 2, 2, 4)
+    torch.testing.assert_close(done.metric, done.loss)
+    torch.testing.assert_close(done.metric[0], done.metric[1])
+    torch.testing.assert_close(done.metric[0, ..., 0], done.metric[2, ..., 0])
+    assert (done.metric[0, ..., -1] != done.metric[2, ..., -1]).all()
+    assert done.lrs[2, 0, 1].tolist() == pytest.approx([0.1, 0.09, 0.081, 0.0729])
+    assert (done.metric[0, :, 0] != done.metric[0, :, 1]).all()
+
+
+def test_convergence_threshold_is_the_worst_of_the_best() -> None:
+    metric = torch.tensor([[[1.0, 5, 3]], [[4.0, 4, 2]], [[0.0, nan, 4.5]]])
+    # The best are 5, 4 and 4.5: the threshold is 4.
+    steps = compare.steps_to_threshold(metric, 10, higher_is_better=True)
+    assert steps.tolist() == [[20], [10], [30]]
+    steps = compare.steps_to_threshold(-metric, 10, higher_is_better=False)
+    assert steps.tolist() == [[20], [10], [30]]
+
+
+def test_ranks_share_the_better_place() -> None:
+    assert compare.ranks([3.0, 1.0, 3.0, 2.0], higher_is_better=True) == [1, 4, 1, 3]
+    assert compare.ranks([3.0, 1.0, 3.0, 2.0], higher_is_better=False) == [3, 1, 3, 2]
+
+
+def test_share_lost_is_zero_for_the_best_and_one_for_the_dead() -> None:
+    metric = torch.tensor([1.0, 2.0, 3.0, nan]).reshape(4, 1, 1, 1)
+    shares = choose.shares_lost(compare.Outcome(metric, metric, metric))
+    assert shares.flatten().tolist() == [0, 0.5, 1, 1]
+
+
+def test_proxy_tasks_are_held_out_from_their_controllers() -> None:
+    some = made_points(200)
+    never_seen: list[set[str]] = []
+
+    class Spy:
+        def controller(self, given: points.Points, seed: int) -> arc.Controller:
+            never_seen.append(set(train.FOLDS[len(never_seen)]) & set(given.families))
+            return SummaryNet(0)
+
+    trained = choose.train_for_folds(some, {"spy": Spy()}, seed=0)
+    assert never_seen == [set()] * len(train.FOLDS)
+    cohort = dataclasses.replace(choose.proxies(["wine-mlp"])[0], epochs=2, steps=3)
+    outcome = choose.closed_loop(cohort, trained)
+    assert outcome.metric.shape == (5, 3, choose.SEEDS, 2)
+
+
+def test_stacked_lstm_is_torch_lstm() -> None:
+    layer = LSTM("l", 3, 4)
+    r = create([layer], 1, torch.Generator().manual_seed(0))
+    w = {name: p.detach()[0] for name, p in r.params.items()}
+    module = torch.nn.LSTM(3, 4, batch_first=True)
+    bias = w["l.in.b"][0].clone()
+    bias[4:8] += 1  # the layer's forget gate starts open
+    module.load_state_dict(
+        {
+            "weight_ih_l0": w["l.in.w"].T,
+            "weight_hh_l0": w["l.rec.w"].T,
+            "bias_ih_l0": bias,
+            "bias_hh_l0": w["l.rec.b"][0],
+        }
+    )
+    x = torch.randn(1, 5, 6, 3)
+    torch.testing.assert_close(layer(r, x)[0], module(x[0])[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_unseen_task_trains_and_has_its_metric(name: str) -> None:
+    if name == "fashion-mixer" and not FASHION.is_dir():
+        pytest.skip(f"no Fashion-MNIST in {FASHION}")
+    task = UNSEEN[name]
+    problem = task.build()
+    cohort = Cohort(0, name, task.optimizer, 0.0, 2, 15, task.batch, (0.0, task.rates[1]))
+    policies = {"constant": schedules.constant}
+    done = compare.simulate(problem, cohort, policies, 1, task.metric(problem))
+    still, moving = done.metric[0, :, 0, -1].tolist()
+    assert (moving > still) if task.higher_is_better else (moving < still)
+    assert max(task.rates) / min(task.rates) == pytest.approx(100)
+    if name == "words-lstm":
+        assert still == pytest.approx(math.exp(float(done.loss[0, 0, 0, -1])), rel=1e-5)
+        assert still == pytest.approx(600, rel=0.15)
+
+
+def test_words_are_numbered_by_frequency() -> None:
+    counts = torch.bincount(words(50))
+    assert len(counts) == 50
+    assert (counts[1:-1] >= counts[2:]).all()
+
+
+def test_results_are_kept_and_not_made_again(tmp_path: Path) -> None:
+    path, made = tmp_path / "r.json", []
+
+    def make() -> dict:
+        made.append(1)
+        return {"value": len(made)}
+
+    for _ in range(2):
+        assert results.Results(path).once("section", "key", make) == {"value": 1}
+    assert len(made) == 1
+
+
+def test_command_makes_judges_and_ships(tmp_path: Path, monkeypatch, capsys) -> None:
+    """The whole pipeline in small: two cohorts of different folds."""
+    monkeypatch.setattr(
+        generate,
+        "draw_cohort",
+        lambda i: dataclasses.replace(
+            tiny(["wine-mlp", "friedman-mlp"][i % 2]), index=i, epochs=1, batch=8
+        ),
+    )
+    monkeypatch.setattr(choose, "draw_cohort", generate.draw_cohort)
+    monkeypatch.setattr(choose, "EPOCHS", 2)
+    monkeypatch.setattr(cli, "PROXIES", ["wine-mlp"])
+    monkeypatch.setattr(cli, "LOOP_RECIPES", ["logistic"])
+    monkeypatch.setattr(cli, "SHIPPED", {"default": "logistic"})
+    monkeypatch.setattr(choose, "FOLDS", (("tabular",), ("regression",)))
+    monkeypatch.setattr(train, "FOLDS", (("tabular",), ("regression",)))
+    options = [*("--folder", tmp_path / "data", "--cohorts", 2, "--results", tmp_path / "r.json")]
+    options += ["--weights", tmp_path / "weights", "--candidates", "always keep", "logistic"]
+    assert cli.main(["all", *map(str, options)]) == 0
+    printed = capsys.readouterr().out
+    assert "| always keep |" in printed
+    assert "| small rate |" in printed
+    digest = printed.split('"default": "')[1][:64]
+    shipped = load(tmp_path / "weights" / "arc-default.safetensors", digest)
+    assert isinstance(shipped, SummaryNet)
+    rows = json.loads((tmp_path / "r.json").read_text())
+    row = rows["points"]["logistic | 0"]
+    assert sum(map(sum, row["validation"]["confusion"])) == rows["data"]["all"]["points"] == 40
+
+
+# --- what ships -----------------------------------------------------------------------------------
+
+
+def falling(cycles: int) -> tuple[list[float], list[float]]:
+    draw = random.Random(0)
+    curve = [2 - 0.1 * i / 100 + 0.002 * draw.random() for i in range(100 * cycles)]
+    return curve, curve[24::25]
+
+
+def rising(cycles: int) -> tuple[list[float], list[float]]:
+    draw = random.Random(0)
+    curve = [1 + 2 * (i / 100) ** 2 + 0.3 * draw.random() for i in range(100 * cycles)]
+    return curve, curve[24::25]
+
+
+@pytest.mark.parametrize("name", arc.WEIGHTS)
+def test_shipped_controller_is_small_and_sane(name: str) -> None:
+    controller = load(name)
+    path = Path(arc.__file__).parent / "weights" / f"arc-{name}.safetensors"
+    assert path.stat().st_size < 500_000
+    assert sum(p.numel() for p in controller.parameters()) < 80_000
+    rates = [1e-5] * 3
+    up, _, down = controller.probabilities(*falling(3), rates)
+    assert up > 0.5 > 0.2 > down
+    up, _, down = controller.probabilities(*rising(3), rates)
+    assert down > 0.5 > 0.2 > up
+    assert controller.probabilities(falling(1)[0], None, rates[:1])[0] > 0.5
+
+
+def test_default_controller_ships() -> None:
+    assert {"default", "conv-lstm"} <= set(arc.WEIGHTS)
