@@ -1,6 +1,7 @@
 """The ARC controller: its window, its networks and weight files, and the pipeline that makes it."""
 
 import dataclasses
+import functools
 import json
 import math
 import random
@@ -597,8 +598,12 @@ QUICK = train.Fit(epochs=8, batch=64, lr=1e-2)
 
 @pytest.mark.parametrize("hidden", [0, 8])
 def test_summary_net_learns_curves_of_held_out_families(hidden: int) -> None:
-    some = made_points()
-    taken = train.cross_validate(some, train.Recipe(QUICK, hidden, 2), seed=0)
+    some, recipe = made_points(), train.Recipe(QUICK, hidden, 2)
+
+    def learn(given: points.Points, seed: int) -> train.Predict:
+        return functools.partial(train.decide, recipe.controller(given, seed))
+
+    taken = train.cross_validate(some, learn, seed=0)
     for decisions in taken.values():
         assert train.score(some, decisions).accuracy > 0.9
 
@@ -742,19 +747,22 @@ def test_share_lost_is_zero_for_the_best_and_one_for_the_dead() -> None:
     assert shares.flatten().tolist() == [0, 0.5, 1, 1]
 
 
-def test_proxy_tasks_are_held_out_from_their_controllers() -> None:
+def test_proxy_tasks_are_held_out_from_their_controllers(tmp_path: Path, monkeypatch) -> None:
     some = made_points(200)
-    never_seen: list[set[str]] = []
+    seen: list[set[str]] = []
 
     class Spy:
         def controller(self, given: points.Points, seed: int) -> arc.Controller:
-            never_seen.append(set(train.FOLDS[len(never_seen)]) & set(given.families))
+            seen.append(set(given.families))
             return SummaryNet(0)
 
-    trained = choose.train_for_folds(some, {"spy": Spy()}, seed=0)
-    assert never_seen == [set()] * len(train.FOLDS)
+    monkeypatch.setitem(choose.RECIPES, "a spy", Spy())
+    controllers = choose.fold_controllers(some, "a spy", 0, tmp_path)
+    choose.fold_controllers(some, "a spy", 0, tmp_path)
+    assert len(seen) == len(train.FOLDS)
+    assert [set(some.families) - known for known in seen] == [set(f) for f in train.FOLDS]
     cohort = dataclasses.replace(choose.proxies(["wine-mlp"])[0], epochs=2, steps=3)
-    outcome = choose.closed_loop(cohort, trained)
+    outcome = choose.closed_loop(cohort, {"spy": controllers})
     assert outcome.metric.shape == (5, 3, choose.SEEDS, 2)
 
 

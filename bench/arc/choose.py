@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyoptim.arc import Controller
+from pyoptim.arc import Controller, load, save
 
 from .compare import Outcome, best_so_far, simulate
 from .generate import Cohort, draw_cohort
 from .points import Points
 from .schedules import RIVALS, MakePolicy, controlled
 from .tasks import TASKS
-from .train import FOLDS, Recipe
+from .train import FOLDS, RECIPES
 
 EPOCHS = 28
 SEEDS = 3
@@ -47,15 +49,21 @@ def proxies(tasks: Sequence[str]) -> list[Cohort]:
     ]
 
 
-def train_for_folds(
-    points: Points, recipes: Mapping[str, Recipe], seed: int
-) -> dict[str, list[Controller]]:
-    """For each recipe, one controller per fold, which never saw that fold's families."""
-    masks = [torch.from_numpy(np.isin(points.families, fold)) for fold in FOLDS]
-    return {
-        name: [recipe.controller(points.select(~held), seed) for held in masks]
-        for name, recipe in recipes.items()
-    }
+def fold_controllers(points: Points, name: str, seed: int, folder: Path) -> list[Controller]:
+    """One controller of the named recipe per fold, which never saw that fold's families.
+
+    They are kept in `folder`, under the number of points, and not trained again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    controllers = []
+    for i, fold in enumerate(FOLDS):
+        title = re.sub(r"\W+", "-", name)
+        path = folder / f"{title}-seed{seed}-fold{i}-{len(points)}.safetensors"
+        if not path.is_file():
+            seen = torch.from_numpy(~np.isin(points.families, fold))
+            save(RECIPES[name].controller(points.select(seen), seed), path)
+        controllers.append(load(path))
+    return controllers
 
 
 def closed_loop(cohort: Cohort, controllers: Mapping[str, list[Controller]]) -> Outcome:

@@ -36,8 +36,9 @@ def _generate(options: argparse.Namespace) -> None:
 def _judge(options: argparse.Namespace) -> None:
     points, kept = load_points(options.folder), results.Results(options.results)
     kept.once("data", "all", lambda: results.describe(points))
-    results.judge_on_points(points, options.candidates, options.seeds, kept)
-    results.judge_in_closed_loop(points, LOOP_RECIPES, PROXIES, kept)
+    folds = options.folder / "folds"
+    results.judge_on_points(points, options.candidates, options.seeds, folds, kept)
+    results.judge_in_closed_loop(points, LOOP_RECIPES, PROXIES, folds, kept)
     print(results.markdown(kept))
 
 

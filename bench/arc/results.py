@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ import torch
 
 from pyoptim import arc
 
-from .choose import closed_loop, proxies, shares_lost, train_for_folds
+from .choose import closed_loop, fold_controllers, proxies, shares_lost
 from .compare import best_so_far, ranks, simulate, steps_to_threshold
 from .generate import Cohort
 from .points import Points
 from .schedules import RIVALS, controlled
 from .tasks import TASKS
-from .train import CANDIDATES, RECIPES, cross_validate, score
+from .train import BASELINES, RECIPES, Train, cross_validate, decide, score
 from .unseen import UNSEEN, Unseen
 
 Row = dict[str, Any]
@@ -45,18 +46,24 @@ class Results:
         return rows[key]
 
 
-def judge_on_points(points: Points, names: Sequence[str], seeds: int, results: Results) -> None:
+def judge_on_points(
+    points: Points, names: Sequence[str], seeds: int, folds: Path, results: Results
+) -> None:
     """Leave-families-out scores of the named candidates, with and without validation losses."""
     for name in names:
         for seed in range(seeds):
-            results.once(
-                "points", f"{name} | {seed}", lambda n=name, s=seed: _point_row(points, n, s)
-            )
+            key = f"{name} | {seed}"
+            results.once("points", key, lambda n=name, s=seed: _point_row(points, n, s, folds))
 
 
-def _point_row(points: Points, name: str, seed: int) -> Row:
+def _point_row(points: Points, name: str, seed: int, folds: Path) -> Row:
     row: Row = {"name": name, "seed": seed, "points": len(points)}
-    for valid, taken in cross_validate(points, CANDIDATES[name], seed).items():
+    if name in RECIPES:
+        controllers = iter(fold_controllers(points, name, seed, folds))
+        train: Train = lambda _, __: partial(decide, next(controllers))  # noqa: E731
+    else:
+        train = BASELINES[name]
+    for valid, taken in cross_validate(points, train, seed).items():
         result = score(points.select(taken >= 0), taken[taken >= 0])
         row["validation" if valid else "no validation"] = {
             "accuracy": result.accuracy,
@@ -69,13 +76,13 @@ def _point_row(points: Points, name: str, seed: int) -> Row:
 
 
 def judge_in_closed_loop(
-    points: Points, names: Sequence[str], tasks: Sequence[str], results: Results
+    points: Points, names: Sequence[str], tasks: Sequence[str], folds: Path, results: Results
 ) -> None:
     """Whole trainings of held-out families under the named recipes and the fixed rivals."""
     cohorts = [c for c in proxies(tasks) if c.task not in results.sections.get("closed loop", {})]
     if not cohorts:
         return
-    controllers = train_for_folds(points, {name: RECIPES[name] for name in names}, seed=0)
+    controllers = {name: fold_controllers(points, name, 0, folds) for name in names}
     for cohort in cohorts:
         results.once("closed loop", cohort.task, lambda c=cohort: _loop_row(c, controllers))
 

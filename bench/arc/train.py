@@ -221,10 +221,6 @@ class Recipe:
         nets.biases[-1].data[..., RAISE] -= self.caution
         return nets
 
-    def __call__(self, points: Points, seed: int) -> Predict:
-        trained = self.controller(points, seed)
-        return lambda held, valid: decide(trained, held, valid)
-
 
 def numbers_of(points: Points, columns: int, with_validation: bool = True) -> np.ndarray:
     """The first `columns` numbers of `summary`, [points, columns]; the specification's are nine."""
@@ -281,21 +277,20 @@ BASELINES: dict[str, Train] = {
     "trees, 9 numbers": sklearn_model(_trees, 9),
     "trees, 20 numbers": sklearn_model(_trees, 20),
 }
-CANDIDATES: dict[str, Train] = {**BASELINES, **RECIPES}
+CANDIDATES = (*BASELINES, *RECIPES)
 
 
 def held_out(points: Points) -> Iterator[Tensor]:
-    """Masks of the points of each fold's families, where there are any."""
+    """Masks of the points of each fold's families."""
     for fold in FOLDS:
         held = torch.from_numpy(np.isin(points.families, fold))
-        if held.any() and not held.all():
-            yield held
+        yield held
 
 
 def cross_validate(points: Points, train: Train, seed: int) -> dict[bool, Tensor]:
     """The decision at every point by a controller that never saw its family.
 
-    Returns: by with-validation, [points]; -1 where there is no fold for the point.
+    Returns: by with-validation, [points].
     """
     taken = {valid: torch.full((len(points),), -1) for valid in (True, False)}
     for held in held_out(points):
