@@ -742,9 +742,10 @@ def test_ranks_share_the_better_place() -> None:
 
 
 def test_share_lost_is_zero_for_the_best_and_one_for_the_dead() -> None:
-    metric = torch.tensor([1.0, 2.0, 3.0, nan]).reshape(4, 1, 1, 1)
+    # Four policies, two start rates, one seed, one epoch.
+    metric = torch.tensor([[1.0, 5.0], [2.0, 3.0], [3.0, 3.0], [nan, nan]]).reshape(4, 2, 1, 1)
     shares = choose.shares_lost(compare.Outcome(metric, metric, metric))
-    assert shares.flatten().tolist() == [0, 0.5, 1, 1]
+    assert shares.tolist() == [[0, 0.5], [0.25, 0], [0.5, 0], [1, 1]]
 
 
 def test_proxy_tasks_are_held_out_from_their_controllers(tmp_path: Path, monkeypatch) -> None:

@@ -82,9 +82,11 @@ def closed_loop(cohort: Cohort, controllers: Mapping[str, list[Controller]]) -> 
 def shares_lost(outcome: Outcome) -> Tensor:
     """How far each policy's best loss is from the best policy's, [policies, rates].
 
-    Mean over seeds of (loss - best)/(worst - best), over the policies of the same start.
+    Mean over seeds of (loss - best)/scale: the best policy of the same start, and as scale the gap
+    between the best and the worst of all starts, so that differences within the noise count little.
+    A loss that was never finite counts 1.
     """
     final = best_so_far(outcome.metric, higher_is_better=False)[..., -1]
-    best, worst = final.amin(0), final.where(final.isfinite(), -torch.inf).amax(0)
-    share = (final - best) / (worst - best).clamp_min(1e-12)
-    return share.nan_to_num(posinf=1.0).clamp(0, 1).mean(2)
+    best, alive = final.amin(0), final.where(final.isfinite(), -torch.inf)
+    scale = (alive.amax((0, 1)) - final.amin((0, 1))).clamp_min(1e-12)
+    return ((final - best) / scale).nan_to_num(nan=1.0, posinf=1.0).clamp(0, 1).mean(2)

@@ -21,11 +21,11 @@ PROXIES = [
     *("shapes-multitask", "wine-mlp", "char-mlp"),
 ]
 LOOP_RECIPES = [
-    *("logistic", "perceptrons", "perceptrons, half soft", "perceptrons, soft"),
-    *("conv-lstm",),
+    *("logistic", "perceptrons", "perceptrons, soft", "perceptrons, half soft"),
+    *("perceptrons, half soft, caution 1", "conv-lstm"),
 ]
 # Name of the weights to their recipe: the outcome of `judge`, see docs/arc-model-card.md.
-SHIPPED = {"default": "perceptrons", "conv-lstm": "conv-lstm"}
+SHIPPED = {"default": "perceptrons, half soft", "conv-lstm": "conv-lstm"}
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -263,12 +263,10 @@ RECIPES = {
     "perceptrons": Recipe(Fit(), hidden=24, members=8),
     "perceptrons, soft": Recipe(Fit(soft=1.0), hidden=24, members=8),
     "perceptrons, half soft": Recipe(HALF, hidden=24, members=8),
-    "perceptrons, half soft, caution 0.5": Recipe(HALF, 24, 8, 0.5),
     "perceptrons, half soft, caution 1": Recipe(HALF, 24, 8, 1.0),
-    "perceptrons, half soft, caution 1.5": Recipe(HALF, 24, 8, 1.5),
     "conv-lstm": Recipe(SLOW),
     "conv-lstm, official loss": Recipe(replace(SLOW, pairwise=True)),
-    "conv-lstm, half soft, caution 1": Recipe(replace(SLOW, soft=0.5), caution=1.0),
+    "conv-lstm, half soft": Recipe(replace(SLOW, soft=0.5)),
 }
 BASELINES: dict[str, Train] = {
     "always raise": constant(RAISE),
