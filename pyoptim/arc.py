@@ -277,7 +277,9 @@ class SummaryNet(Controller):
 
 ARCHITECTURES: dict[str, type[Controller]] = {c.architecture: c for c in (ConvLSTM, SummaryNet)}
 
-WEIGHTS: dict[str, str] = {}
+WEIGHTS: dict[str, str] = {
+    "default": "d17cab1c4c661a0c08e0a44f414e65aee0312bd4c9ed848f35bf0a270f6f44b2",
+}
 """Names that `load` knows, with the SHA-256 of the files in pyoptim/weights."""
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16}

@@ -22,7 +22,7 @@ PROXIES = [
 ]
 LOOP_RECIPES = [
     *("logistic", "perceptrons", "perceptrons, soft", "perceptrons, half soft"),
-    *("perceptrons, half soft, caution 1", "conv-lstm"),
+    "perceptrons, half soft, caution 1",
 ]
 # Name of the weights to their recipe: the outcome of `judge`, see docs/arc-model-card.md.
 SHIPPED = {"default": "perceptrons, half soft", "conv-lstm": "conv-lstm"}
@@ -37,8 +37,8 @@ def _judge(options: argparse.Namespace) -> None:
     points, kept = load_points(options.folder), results.Results(options.results)
     kept.once("data", "all", lambda: results.describe(points))
     folds = options.folder / "folds"
-    results.judge_on_points(points, options.candidates, options.seeds, folds, kept)
     results.judge_in_closed_loop(points, LOOP_RECIPES, PROXIES, folds, kept)
+    results.judge_on_points(points, options.candidates, options.seeds, folds, kept)
     print(results.markdown(kept))
 
 

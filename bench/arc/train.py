@@ -256,7 +256,7 @@ def _logistic(seed: int) -> Any:
     return make_pipeline(StandardScaler(), LogisticRegression(max_iter=500, random_state=seed))
 
 
-SLOW = Fit(epochs=12, batch=128, lr=1e-3)
+SLOW = Fit(epochs=8, batch=128, lr=1e-3)
 HALF = Fit(soft=0.5)
 RECIPES = {
     "logistic": Recipe(Fit(), hidden=0),
