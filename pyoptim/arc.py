@@ -279,6 +279,7 @@ ARCHITECTURES: dict[str, type[Controller]] = {c.architecture: c for c in (ConvLS
 
 WEIGHTS: dict[str, str] = {
     "default": "d17cab1c4c661a0c08e0a44f414e65aee0312bd4c9ed848f35bf0a270f6f44b2",
+    "conv-lstm": "d598cb8d09ab98014bd1787ce47cc7f8e097352cda8af683a31b4cf39373fde5",
 }
 """Names that `load` knows, with the SHA-256 of the files in pyoptim/weights."""
 
