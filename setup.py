@@ -392,7 +392,7 @@ def packages() -> list[str]:
 setup(
     packages=packages(),
     package_dir={f"pyoptim.{folder}": folder for folder in MAPPED_FOLDERS},
-    package_data={"pyoptim": ["py.typed", "*.pyi"]},
+    package_data={"pyoptim": ["py.typed", "*.pyi", "weights/*.safetensors"]},
     ext_modules=[Extension("pyoptim._C", ["csrc/bindings.cpp"])],
     cmdclass={"build_ext": BuildNative, "build_py": BuildFresh},
 )

@@ -64,9 +64,10 @@ def features(
     points = LENGTH // MAX_CYCLES * len(rates)
     window = torch.zeros(LENGTH, 3, dtype=torch.float64)
     window[:, 2] = 1
-    window[-points:, 0] = _standardized(_resized(train, points))
+    train, least = _scaled(train)
+    window[-points:, 0] = _standardized(_resized(train, points), least)
     if val_losses is not None and len(val_losses) > 0:
-        valid = _standardized(_series("val_losses", val_losses))
+        valid = _standardized(*_scaled(_series("val_losses", val_losses)))
         window[-points:, 1] = _repeated(valid, points)
     window[-points:, 2] = _repeated(rates / rates[0], points)
     return window.float()
@@ -87,12 +88,16 @@ def _series(name: str, values: Sequence[float] | Tensor) -> Tensor:
     return series
 
 
-def _standardized(x: Tensor) -> Tensor:
-    """Mean 0, standard deviation 1; a constant becomes zeros."""
-    # Scaled first: the square of a loss above 1e154 would overflow.
+def _scaled(x: Tensor) -> tuple[Tensor, float]:
+    """x within -1 to 1, and the smallest deviation that counts: squares of 1e155 would overflow."""
     scale = x.abs().max().clamp_min(1)
-    centred = x / scale - (x / scale).mean()
-    return centred / (centred.square().mean().sqrt()).clamp_min(1e-7 / float(scale))
+    return x / scale, 1e-7 / float(scale)
+
+
+def _standardized(x: Tensor, least: float) -> Tensor:
+    """Mean 0, standard deviation 1; less where the deviation is below `least`."""
+    centred = x - x.mean()
+    return centred / centred.square().mean().sqrt().clamp_min(least)
 
 
 def _resized(x: Tensor, points: int) -> Tensor:
@@ -272,7 +277,10 @@ class SummaryNet(Controller):
 
 ARCHITECTURES: dict[str, type[Controller]] = {c.architecture: c for c in (ConvLSTM, SummaryNet)}
 
-WEIGHTS: dict[str, str] = {}
+WEIGHTS: dict[str, str] = {
+    "default": "d17cab1c4c661a0c08e0a44f414e65aee0312bd4c9ed848f35bf0a270f6f44b2",
+    "conv-lstm": "d598cb8d09ab98014bd1787ce47cc7f8e097352cda8af683a31b4cf39373fde5",
+}
 """Names that `load` knows, with the SHA-256 of the files in pyoptim/weights."""
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16}

@@ -159,6 +159,7 @@ def test_wheel_holds_the_module_the_mapped_folders_and_the_license(wheel: Path) 
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"pyoptim/{MODULE}", "pyoptim/py.typed", "pyoptim/_build_info.json"} <= names
     assert {"pyoptim/kernels/__init__.py", "pyoptim/bench/__init__.py"} <= names
+    assert "pyoptim/weights/arc-default.safetensors" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert wheel.name.startswith("pyoptim_kernels-")
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {

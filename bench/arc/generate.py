@@ -9,10 +9,11 @@ share task, sizes, n and optimizer train together as one stack of networks: a *c
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -201,42 +202,61 @@ def run_cohort(cohort: Cohort) -> dict[str, np.ndarray]:
 FIELDS = ("train_losses", "val_losses", "lrs", "branch_losses", "branch_train", "followed")
 
 
-def cohort_path(folder: Path, index: int) -> Path:
-    return folder / f"cohort-{index:05d}.npz"
+def expense(cohort: Cohort) -> int:
+    """About proportional to the time that a cohort takes."""
+    # Tasks with long epochs have them because a step costs about a fifth of the others' (measured).
+    per_step = 1 if max(TASKS[cohort.task].steps) > 32 else 5
+    return cohort.epochs * cohort.steps * cohort.batch * per_step
 
 
-def write_cohort(folder: Path, index: int) -> float:
+def cohort_path(folder: Path, cohort: Cohort) -> Path:
+    return folder / f"cohort-{cohort.index:05d}.npz"
+
+
+def write_cohort(folder: Path, cohort: Cohort) -> float:
     """Makes a cohort's file; a half-written one is never seen. Returns the CPU seconds used."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     begin = time.process_time()
-    cohort = draw_cohort(index)
     arrays = run_cohort(cohort)
     seconds = time.process_time() - begin
     meta = {**asdict(cohort), "family": TASKS[cohort.task].family, "seconds": seconds}
-    path = cohort_path(folder, index)
+    path = cohort_path(folder, cohort)
     partial = path.with_suffix(f".{os.getpid()}.part")
     with partial.open("wb") as file:
-        np.savez(file, meta=np.array(repr(meta)), **arrays)
+        np.savez_compressed(file, meta=np.array(repr(meta)), **arrays)
     partial.replace(path)
     return seconds
 
 
-def generate(folder: Path, cohorts: int, workers: int) -> None:
-    """Makes the missing ones of the first `cohorts` cohorts, `workers` at a time, with progress."""
+def generate(folder: Path, cohorts: Sequence[Cohort], workers: int) -> None:
+    """Makes the missing ones of `cohorts`, `workers` processes at a time, with progress.
+
+    The cheap ones come first, so that a campaign that is cut short has the most points.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [i for i in range(cohorts) if not cohort_path(folder, i).exists()]
-    done, begin = cohorts - len(missing), time.monotonic()
-    print(f"{done} of {cohorts} cohorts are there", flush=True)
-    with ProcessPoolExecutor(workers) as pool:
-        futures = {pool.submit(write_cohort, folder, i): i for i in missing}
+    missing = [c for c in cohorts if not cohort_path(folder, c).exists()]
+    missing.sort(key=expense)
+    print(f"{len(cohorts) - len(missing)} of {len(cohorts)} cohorts are there", flush=True)
+    begin = time.monotonic()
+    for done, (cohort, seconds) in enumerate(_written(folder, missing, workers), 1):
+        rate = done / (time.monotonic() - begin) * 60
+        print(
+            f"{len(cohorts) - len(missing) + done}/{len(cohorts)} {cohort.task} {seconds:.1f} s; "
+            f"{rate * RUNS * ROUNDS:.0f} points/min, {(len(missing) - done) / rate:.0f} min left",
+            flush=True,
+        )
+
+
+def _written(
+    folder: Path, cohorts: Sequence[Cohort], workers: int
+) -> Iterator[tuple[Cohort, float]]:
+    """Each cohort as its file is done."""
+    if workers == 1:
+        yield from ((cohort, write_cohort(folder, cohort)) for cohort in cohorts)
+        return
+    # Not forked: OpenMP threads do not survive a fork, and the child would wait for them for ever.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(write_cohort, folder, cohort): cohort for cohort in cohorts}
         for future in as_completed(futures):
-            seconds, index = future.result(), futures[future]
-            done += 1
-            rate = (done - cohorts + len(missing)) / (time.monotonic() - begin)
-            print(
-                f"{done}/{cohorts} {draw_cohort(index).task} {seconds:.1f} s; "
-                f"{rate * 60 * RUNS * ROUNDS:.0f} points/min, "
-                f"{(cohorts - done) / rate / 60:.0f} min left",
-                flush=True,
-            )
+            yield futures[future], future.result()

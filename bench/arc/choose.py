@@ -1,0 +1,92 @@
+"""Closed loop: whole trainings of held-out families, steered by controllers that never saw them."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyoptim.arc import Controller, load, save
+
+from .compare import Outcome, best_so_far, simulate
+from .generate import Cohort, draw_cohort
+from .points import Points
+from .schedules import RIVALS, MakePolicy, controlled
+from .tasks import TASKS
+from .train import FOLDS, RECIPES
+
+EPOCHS = 28
+SEEDS = 3
+# Per optimizer: far too small, usual, at the edge.
+START_RATES = {
+    "adam": (3e-5, 1e-3, 3e-2),
+    "rmsprop": (3e-5, 1e-3, 3e-2),
+    "sgd": (3e-3, 0.1, 1.0),
+    "momentum": (3e-4, 1e-2, 0.1),
+}
+
+
+def proxies(tasks: Sequence[str]) -> list[Cohort]:
+    """One cohort of whole trainings per task; the optimizers take turns."""
+    optimizers = list(START_RATES)
+    return [
+        replace(
+            draw_cohort(10_000 + i),
+            task=task,
+            optimizer=optimizers[i % len(optimizers)],
+            epochs=EPOCHS,
+            steps=20,
+            batch=16,
+            rates=START_RATES[optimizers[i % len(optimizers)]],
+        )
+        for i, task in enumerate(tasks)
+    ]
+
+
+def fold_controllers(points: Points, name: str, seed: int, folder: Path) -> list[Controller]:
+    """One controller of the named recipe per fold, which never saw that fold's families.
+
+    They are kept in `folder`, under the number of points, and not trained again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    controllers = []
+    for i, fold in enumerate(FOLDS):
+        title = re.sub(r"\W+", "-", name)
+        path = folder / f"{title}-seed{seed}-fold{i}-{len(points)}.safetensors"
+        if not path.is_file():
+            seen = torch.from_numpy(~np.isin(points.families, fold))
+            save(RECIPES[name].controller(points.select(seen), seed), path)
+        controllers.append(load(path))
+    return controllers
+
+
+def closed_loop(cohort: Cohort, controllers: Mapping[str, list[Controller]]) -> Outcome:
+    """The task of a cohort under the rivals and the controllers of the fold that holds it out."""
+    family = TASKS[cohort.task].family
+    fold = next(i for i, families in enumerate(FOLDS) if family in families)
+    policies: dict[str, MakePolicy] = {
+        **RIVALS,
+        **{name: controlled(by_fold[fold]) for name, by_fold in controllers.items()},
+    }
+    draw, rng = random.Random(cohort.index), torch.Generator().manual_seed(cohort.index)
+    problem = TASKS[cohort.task].build(draw, rng)
+    return simulate(problem, cohort, policies, SEEDS, problem.losses)
+
+
+def shares_lost(outcome: Outcome) -> Tensor:
+    """How far each policy's best loss is from the best policy's, [policies, rates].
+
+    Mean over seeds of (loss - best)/scale: the best policy of the same start, and as scale the gap
+    between the best and the worst of all starts, so that differences within the noise count little.
+    A loss that was never finite counts 1.
+    """
+    final = best_so_far(outcome.metric, higher_is_better=False)[..., -1]
+    best, alive = final.amin(0), final.where(final.isfinite(), -torch.inf)
+    scale = (alive.amax((0, 1)) - final.amin((0, 1))).clamp_min(1e-12)
+    return ((final - best) / scale).nan_to_num(nan=1.0, posinf=1.0).clamp(0, 1).mean(2)

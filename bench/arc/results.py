@@ -1,0 +1,222 @@
+"""Runs what judges the controllers, keeps every finished piece in a JSON file, prints tables."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyoptim import arc
+
+from .choose import closed_loop, fold_controllers, proxies, shares_lost
+from .compare import best_so_far, ranks, simulate, steps_to_threshold
+from .generate import Cohort
+from .points import Points
+from .schedules import RIVALS, controlled
+from .tasks import TASKS
+from .train import BASELINES, RECIPES, Train, cross_validate, decide, score
+from .unseen import UNSEEN, Unseen
+
+Row = dict[str, Any]
+
+
+class Results:
+    """Rows by section and key in a JSON file; a finished row is not made again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.sections: dict[str, dict[str, Row]] = (
+            json.loads(path.read_text()) if path.is_file() else {}
+        )
+
+    def once(self, section: str, key: str, make: Callable[[], Row]) -> Row:
+        rows = self.sections.setdefault(section, {})
+        if key not in rows:
+            rows[key] = make()
+            partial = self.path.with_suffix(".part")
+            partial.write_text(json.dumps(self.sections, indent=1) + "\n")
+            partial.replace(self.path)
+            print(f"{section}: {key}", flush=True)
+        return rows[key]
+
+
+def judge_on_points(
+    points: Points, names: Sequence[str], seeds: int, folds: Path, results: Results
+) -> None:
+    """Leave-families-out scores of the named candidates, with and without validation losses."""
+    for name in names:
+        for seed in range(seeds):
+            key = f"{name} | {seed}"
+            results.once("points", key, lambda n=name, s=seed: _point_row(points, n, s, folds))
+
+
+def _point_row(points: Points, name: str, seed: int, folds: Path) -> Row:
+    row: Row = {"name": name, "seed": seed, "points": len(points)}
+    if name in RECIPES:
+        controllers = iter(fold_controllers(points, name, seed, folds))
+        train: Train = lambda _, __: partial(decide, next(controllers))  # noqa: E731
+    else:
+        train = BASELINES[name]
+    for valid, taken in cross_validate(points, train, seed).items():
+        result = score(points.select(taken >= 0), taken[taken >= 0])
+        row["validation" if valid else "no validation"] = {
+            "accuracy": result.accuracy,
+            "weighted accuracy": result.weighted_accuracy,
+            "opposite": result.opposite,
+            "regret": result.regret,
+            "confusion": result.confusion.int().tolist(),
+        }
+    return row
+
+
+def judge_in_closed_loop(
+    points: Points, names: Sequence[str], tasks: Sequence[str], folds: Path, results: Results
+) -> None:
+    """Whole trainings of held-out families under the named recipes and the fixed rivals."""
+    cohorts = [c for c in proxies(tasks) if c.task not in results.sections.get("closed loop", {})]
+    if not cohorts:
+        return
+    controllers = {name: fold_controllers(points, name, 0, folds) for name in names}
+    for cohort in cohorts:
+        results.once("closed loop", cohort.task, lambda c=cohort: _loop_row(c, controllers))
+
+
+def _loop_row(cohort: Cohort, controllers: Mapping[str, list[arc.Controller]]) -> Row:
+    outcome = closed_loop(cohort, controllers)
+    names = [*RIVALS, *controllers]
+    return {
+        "optimizer": cohort.optimizer,
+        "rates": cohort.rates,
+        "share lost": dict(zip(names, shares_lost(outcome).tolist(), strict=True)),
+    }
+
+
+def ship(points: Points, choices: Mapping[str, str], folder: Path, note: str) -> dict[str, str]:
+    """Trains the chosen recipes on all points; name to the SHA-256 of the file that it wrote."""
+    folder.mkdir(exist_ok=True)
+    return {
+        name: arc.save(
+            RECIPES[recipe].controller(points, seed=0), folder / f"arc-{name}.safetensors", note
+        )
+        for name, recipe in choices.items()
+    }
+
+
+def compare_unseen(tasks: Sequence[str], weights: Sequence[str], results: Results) -> None:
+    """The comparison of the paper's section 4 on tasks that no controller was trained on."""
+    for task in tasks:
+        results.once("unseen", task, lambda t=task: _unseen_row(UNSEEN[t], weights))
+
+
+def _unseen_row(task: Unseen, weights: Sequence[str], seeds: int = 5) -> Row:
+    problem = task.build()
+    policies = {**RIVALS, **{f"arc {name}": controlled(arc.load(name)) for name in weights}}
+    cohort = Cohort(
+        *(0, "unseen", task.optimizer, 0.0, task.epochs, task.steps, task.batch), task.rates
+    )
+    outcome = simulate(problem, cohort, policies, seeds, task.metric(problem))
+    best = best_so_far(outcome.metric, task.higher_is_better)[..., -1]
+    cells = {}
+    for i, rate in enumerate(task.rates):
+        steps = steps_to_threshold(outcome.metric[:, i], task.steps, task.higher_is_better)
+        cells[f"{rate:g}"] = {
+            name: {
+                "best": best[p, i].tolist(),
+                "final": outcome.metric[p, i, :, -1].tolist(),
+                "steps": steps[p].tolist(),
+                "last rate": outcome.lrs[p, i, :, -1].tolist(),
+            }
+            for p, name in enumerate(policies)
+        }
+    return {"unit": task.unit, "higher is better": task.higher_is_better, "cells": cells}
+
+
+def describe(points: Points) -> Row:
+    """Counts of the data set, for the model card."""
+    confirmed = float((points.labels == points.raw_labels).double().mean())
+    return {
+        "points": len(points),
+        "runs": len(points.runs.unique()),
+        "labels": torch.bincount(points.labels, minlength=3).tolist(),
+        "raw labels": torch.bincount(points.raw_labels, minlength=3).tolist(),
+        "unchanged by the repeat": confirmed,
+        "with a branch that is not finite": int((~points.losses.isfinite()).any(1).sum()),
+        "tasks": {
+            task: {
+                "family": TASKS[task].family,
+                "points": int((points.tasks == task).sum()),
+                "labels": torch.bincount(
+                    points.labels[torch.from_numpy(points.tasks == task)], minlength=3
+                ).tolist(),
+            }
+            for task in TASKS
+        },
+        "optimizers": {
+            str(o): int((points.optimizers == o).sum()) for o in np.unique(points.optimizers)
+        },
+    }
+
+
+def markdown(results: Results) -> str:
+    """All sections as tables."""
+    tables = {
+        "points": _points_table,
+        "closed loop": _loop_table,
+        "unseen": _unseen_table,
+    }
+    return "\n\n".join(
+        make(list(results.sections[name].items()))
+        for name, make in tables.items()
+        if name in results.sections
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _points_table(rows: list[tuple[str, Row]]) -> str:
+    names = dict.fromkeys(row["name"] for _, row in rows)
+    lines = []
+    for name in names:
+        line = [name]
+        for kind in ("validation", "no validation"):
+            scores = [row[kind] for _, row in rows if row["name"] == name]
+            line += [
+                f"{100 * statistics.mean(s[measure] for s in scores):.1f}"
+                for measure in ("accuracy", "weighted accuracy", "opposite", "regret")
+            ]
+        lines.append(line)
+    head = ["%", "accuracy", "weighted", "opposite", "regret"]
+    return _table([*head, *(f"{h}, no validation" for h in head[1:])], lines)
+
+
+def _loop_table(rows: list[tuple[str, Row]]) -> str:
+    names = list(rows[0][1]["share lost"])
+    lines = []
+    for name in names:
+        shares = torch.tensor([row["share lost"][name] for _, row in rows])
+        cells = [*shares.mean(0).tolist(), float(shares.mean())]
+        lines.append([name, *(f"{100 * cell:.0f}" for cell in cells)])
+    return _table(["share lost, %", "small rate", "usual", "large", "all"], lines)
+
+
+def _unseen_table(rows: list[tuple[str, Row]]) -> str:
+    lines = []
+    for task, row in rows:
+        for rate, cell in row["cells"].items():
+            means = [statistics.mean(v["best"]) for v in cell.values()]
+            places = ranks(means, row["higher is better"])
+            for (name, value), mean, place in zip(cell.items(), means, places, strict=True):
+                spread = statistics.pstdev(value["best"])
+                final, steps = statistics.mean(value["final"]), statistics.mean(value["steps"])
+                measured = [f"{mean:.2f} ± {spread:.2f}", f"{final:.2f}", f"{steps:.0f}"]
+                lines.append([task, rate, name, *measured, str(place)])
+    return _table(["task", "initial rate", "policy", "best", "final", "steps", "place"], lines)
