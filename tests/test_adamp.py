@@ -558,7 +558,7 @@ def test_a_scale_invariant_network_trains_as_the_reference(
     for name in ("cpu", "reference"):
         torch.manual_seed(1)
         model = torch.nn.Sequential(
-            torch.nn.Conv2d(3, 6, 3), torch.nn.BatchNorm2d(6), torch.nn.Conv2d(6, 4, 3)
+            torch.nn.Conv2d(3, 6, 3, bias=False), torch.nn.BatchNorm2d(6), torch.nn.Conv2d(6, 4, 3)
         ).to(torch.float64, memory_format=layout)
         optimizer = case.ours(model.parameters(), lr=0.01, backend=name)
         decisions = []
