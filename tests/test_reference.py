@@ -7,9 +7,9 @@ import pytest
 import torch
 from cases import (
     COMPLEX,
-    CPU_KERNEL_CASES,
     FLOATS,
     HALVES,
+    KERNEL_CASES,
     TORCH_CASES,
     Case,
     allowed_error,
@@ -60,7 +60,7 @@ def test_the_kernels_give_the_references_bits(
 
 
 @pytest.mark.native
-@parametrize_cases(CPU_KERNEL_CASES)
+@parametrize_cases(KERNEL_CASES)
 @parametrize_dtypes(COMPLEX)
 def test_the_kernels_give_the_references_bits_for_complex(case: Case, dtype: torch.dtype) -> None:
     results = [run(case.ours(parameters(SHAPES, dtype), backend=b)) for b in ("cpu", "reference")]
@@ -68,7 +68,7 @@ def test_the_kernels_give_the_references_bits_for_complex(case: Case, dtype: tor
 
 
 @pytest.mark.native
-@parametrize_cases(CPU_KERNEL_CASES)
+@parametrize_cases(KERNEL_CASES)
 @parametrize_dtypes(FLOATS)
 def test_the_kernels_give_the_references_bits_from_any_state(
     case: Case, dtype: torch.dtype
@@ -166,7 +166,7 @@ def test_the_reference_changes_nothing_it_is_given(case: Case) -> None:
     assert outputs.isdisjoint(t.data_ptr() for t in (param, *state.values()))
 
 
-@parametrize_cases(CPU_KERNEL_CASES)
+@parametrize_cases(KERNEL_CASES)
 def test_a_reference_is_differentiable(case: Case) -> None:
     param, grad = values((4,), torch.float64, 1), values((4,), torch.float64, 2)
     # Squares well above the square of any average: no root near zero.
@@ -184,7 +184,7 @@ def test_a_reference_is_differentiable(case: Case) -> None:
     assert torch.autograd.gradcheck(update, inputs)
 
 
-@parametrize_cases(CPU_KERNEL_CASES)
+@parametrize_cases(KERNEL_CASES)
 def test_backend_reference_calls_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     reference = case.row.ours.reference

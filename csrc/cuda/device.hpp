@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #if defined(PYOPTIM_EMULATOR)
@@ -70,6 +71,34 @@ struct alignas(sizeof(E) * W < 16 ? sizeof(E) * W : 16) Pack {
 template <class E, int W>
 __device__ __forceinline__ bool is_aligned(const E* data) {
   return reinterpret_cast<uintptr_t>(data) % alignof(Pack<E, W>) == 0;
+}
+
+// W elements by one instruction, or one for each 16 bytes. Where another branch stores the same
+// elements one by one, nvcc 13.0 makes one of both, which moves no more than an element at once.
+template <class E, int W>
+__device__ __forceinline__ void store_at_once(E* to, const Pack<E, W>& pack) {
+#if defined(__CUDA_ARCH__)
+  constexpr int kWords = sizeof(pack) / sizeof(uint32_t);
+  static_assert(kWords == 2 || kWords % 4 == 0, "no instruction moves so many words");
+  uint32_t words[kWords];
+  std::memcpy(words, &pack, sizeof(pack));
+  if constexpr (kWords == 2) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(words[0]), "r"(words[1])
+                 : "memory");
+  }
+#pragma unroll
+  for (int i = 0; i + 4 <= kWords; i += 4) {
+    asm volatile(
+        "st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(reinterpret_cast<char*>(to) + 4 * i),
+        "r"(words[i]),
+        "r"(words[i + 1]),
+        "r"(words[i + 2]),
+        "r"(words[i + 3])
+        : "memory");
+  }
+#else
+  *reinterpret_cast<Pack<E, W>*>(to) = pack;
+#endif
 }
 
 // The row that a block belongs to: the last one that starts no later. Rows without a block are in

@@ -76,13 +76,13 @@ struct Arithmetic {
 
   template <int W>
   __device__ __forceinline__ void write_param(const Slice<W>& slice, int64_t at) const {
-    *reinterpret_cast<Pack<P, W>*>(param + at) = slice.param;
+    store_at_once(param + at, slice.param);
   }
   template <int W>
   __device__ __forceinline__ void write_states(const Slice<W>& slice, int64_t at, int end) const {
 #pragma unroll
     for (int n = 0; n < kStates; ++n) {
-      if (n < end) *reinterpret_cast<Pack<S, W>*>(state[n] + at) = slice.state[n];
+      if (n < end) store_at_once(state[n] + at, slice.state[n]);
     }
   }
   template <int W>
