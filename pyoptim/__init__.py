@@ -1,6 +1,6 @@
 """pyoptim: accelerated, drop-in optimizers for PyTorch."""
 
-from pyoptim import lr_scheduler
+from pyoptim import coreset, lr_scheduler, reweight
 from pyoptim._version import __version__
 from pyoptim.adagrad import Adagrad
 from pyoptim.adam import Adam, AdamW
@@ -28,8 +28,10 @@ __all__ = [
     "RMSprop",
     "__version__",
     "clip_grad_norm_",
+    "coreset",
     "frozen_batch_norm",
     "lr_scheduler",
+    "reweight",
     "row_sums",
     "tensor_norms",
     "total_norm",
