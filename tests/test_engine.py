@@ -422,6 +422,8 @@ def test_the_symbols_of_libtorch_are_in_use() -> None:
 
 # -- machine code ----------------------------------------------------------------------------------
 
+# Of the rules that project: what they do without a projection.
+UPDATE = r"update_segment|9Projected\w+6updateE"
 REGISTERS = {"baseline": "xmm", "avx2": "ymm", "avx512": "zmm", "avx512_bf16": "zmm"}
 
 
@@ -432,12 +434,12 @@ def objdump(*options: str) -> str:
 
 
 def kernels_by_address() -> dict[int, str]:
-    """Address of every update_segment -> the instruction set it was compiled for."""
+    """Address of every update of elements -> the instruction set it was compiled for."""
     found, isa = {}, ""
     for line in objdump("--syms").splitlines():
         if re.search(r"\bdf \*ABS\*", line):
             isa = re.sub(r"^isa_(\w+)\.cpp$", r"\1", line.split()[-1])
-        elif "update_segment" in line and " F " in line:
+        elif re.search(UPDATE, line) and " F " in line:
             found[int(line.split()[0], 16)] = isa
     return found
 
@@ -458,11 +460,11 @@ def test_every_kernel_computes_in_full_vector_registers() -> None:
     )
     scalar = []
     for text in objdump("-d", "--no-show-raw-insn").split("\n\n"):
-        head = re.match(r"\s*([0-9a-f]+) <(\S*update_segment\S*)>:", text)
+        head = re.match(rf"\s*([0-9a-f]+) <(\S*(?:{UPDATE})\S*)>:", text)
         if head is None or int(head[1], 16) not in isas:
             continue
         isa = isas.pop(int(head[1], 16))
-        if re.search(r"^\S+\s+jmp\s+\S+ <\S*update_segment\S*>", text.split("\n", 1)[1].strip()):
+        if re.search(rf"^\S+\s+jmp\s+\S+ <\S*(?:{UPDATE})\S*>", text.split("\n", 1)[1].strip()):
             continue  # the compiler found an equal function: state types of a rule without state
         suffix = "pd" if "IdEE" in head[2] else "ps"
         if not re.search(rf"\bv?mul{suffix}\s.*%{REGISTERS[isa]}\d", text):

@@ -84,7 +84,8 @@ def compare_task(task: Task) -> list[Finding]:
     findings = []
     for name in SCENARIOS:
         if why_not(name, task.optimizer, task.device) is None:
-            allowed = may_differ(name, task.dtypes, "reference" in (task.backend, task.against))
+            has_reference = "reference" in (task.backend, task.against)
+            allowed = may_differ(name, task.optimizer, task.dtypes, has_reference)
             finding = Finding(task.optimizer, task.dtypes, name, allowed)
             for options in OPTIONS[task.optimizer]:
                 _compare_options(finding, task, options)

@@ -303,9 +303,9 @@ class Row:
     grad: Tensor
     states: tuple[Tensor, ...] = ()
     hyper: int = 0
-    source: Tensor | None = None
     n_rows: int = 0
     inner: int = 0
+    source: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ FAULTS: dict[str, tuple[str, str, str, str, Callable[[Emulator], None]]] = {
         *("  if (threadIdx.x != 3) __syncthreads();\n  return threadIdx.x", "reduce", check_norms),
     ),
     "lanes combined in another order": (
-        *("cuda/reduce.cu", "lanes[i + N / 2]);", "lanes[N - 1 - i]);", "reduce", check_row_sums),
+        *("cuda/lanes.hpp", "lanes[i + N / 2]);", "lanes[N - 1 - i]);", "reduce", check_row_sums),
     ),
     "a vector beyond the end": (
         *("cuda/update.cu", "rest = end - (end - begin) % kVector;"),

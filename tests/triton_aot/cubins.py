@@ -170,7 +170,7 @@ def compile_project(job: UpdateJob, arch: int) -> list[Code]:
         engine.update(
             *(rule, variant, dtypes, CPU, addresses.numpy().tobytes(), numels.numpy().tobytes()),
             *(bytes(8), bytes(96), torch.zeros(192, dtype=torch.uint8) if is_live else None),
-            *(1.0, scale, 1.0, clip, scale, {}, rows.numpy().tobytes()),
+            *(1.0, scale, 1.0, clip, scale, {}, False, rows.numpy().tobytes()),
         )
 
     return compile_calls(f"{job_name(job)} project", arch, call)
