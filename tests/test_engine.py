@@ -424,6 +424,7 @@ def test_the_symbols_of_libtorch_are_in_use() -> None:
 
 # Of the rules that project: what they do without a projection.
 UPDATE = r"update_segment|9Projected\w+6updateE"
+RANGE = "update_range"
 REGISTERS = {"baseline": "xmm", "avx2": "ymm", "avx512": "zmm", "avx512_bf16": "zmm"}
 
 
@@ -433,13 +434,13 @@ def objdump(*options: str) -> str:
     ).stdout
 
 
-def kernels_by_address() -> dict[int, str]:
-    """Address of every update of elements -> the instruction set it was compiled for."""
+def functions_by_address(name: str) -> dict[int, str]:
+    """Address of every function so named -> the instruction set it was compiled for."""
     found, isa = {}, ""
     for line in objdump("--syms").splitlines():
         if re.search(r"\bdf \*ABS\*", line):
             isa = re.sub(r"^isa_(\w+)\.cpp$", r"\1", line.split()[-1])
-        elif re.search(UPDATE, line) and " F " in line:
+        elif re.search(name, line) and " F " in line:
             found[int(line.split()[0], 16)] = isa
     return found
 
@@ -449,7 +450,7 @@ def test_every_kernel_computes_in_full_vector_registers() -> None:
         pytest.skip(f"the registers of {platform.machine()} are not known to this test")
     if shutil.which("objdump") is None:
         pytest.skip("objdump is not installed")
-    isas = kernels_by_address()
+    isas = functions_by_address(UPDATE)
     if not isas:
         pytest.skip("pyoptim._C is stripped of its symbols")
     n_kernels = len(KERNEL_DTYPES) * sum(
@@ -458,13 +459,15 @@ def test_every_kernel_computes_in_full_vector_registers() -> None:
     assert {isa: list(isas.values()).count(isa) for isa in NATIVE.built_isas()} == dict.fromkeys(
         NATIVE.built_isas(), n_kernels
     )
+    # What was not put in line, for one.
+    isas |= functions_by_address(RANGE)
     scalar = []
     for text in objdump("-d", "--no-show-raw-insn").split("\n\n"):
-        head = re.match(rf"\s*([0-9a-f]+) <(\S*(?:{UPDATE})\S*)>:", text)
+        head = re.match(rf"\s*([0-9a-f]+) <(\S*(?:{UPDATE}|{RANGE})\S*)>:", text)
         if head is None or int(head[1], 16) not in isas:
             continue
         isa = isas.pop(int(head[1], 16))
-        if re.search(rf"^\S+\s+jmp\s+\S+ <\S*(?:{UPDATE})\S*>", text.split("\n", 1)[1].strip()):
+        if re.search(rf"^\S+\s+jmp\s+\S+ <\S*(?:{UPDATE}|{RANGE})\S*>", text.split("\n", 1)[1].strip()):
             continue  # the compiler found an equal function: state types of a rule without state
         suffix = "pd" if "IdEE" in head[2] else "ps"
         if not re.search(rf"\bv?mul{suffix}\s.*%{REGISTERS[isa]}\d", text):
