@@ -52,14 +52,8 @@ AVX2_FLAGS = ["-mavx2", "-mf16c"]
 # gcc 12's own AVX-512 header warns about its undefined registers.
 AVX512_FLAGS = [
     *AVX2_FLAGS,
-    *(
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512dq",
-        "-mavx512vl",
-        "-Wno-maybe-uninitialized",
-        "-Wno-uninitialized",
-    ),
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+    *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),
 ]
 X86_ISAS = {
     "avx2": AVX2_FLAGS,
