@@ -325,3 +325,12 @@ def test_processes_take_the_decision_of_the_first(tmp_path: Any) -> None:
         torch.multiprocessing.spawn(_decide, (str(tmp_path / "store"), results), nprocs=2)
         found = dict(results)
     assert found[0] == found[1] == (pytest.approx(0.1 * 1.618**2), None)
+
+
+@pytest.mark.parametrize("weights", ["default", "conv-lstm"])
+def test_the_controllers_of_the_package_decide(weights: str) -> None:
+    scheduler = ARC(sgd(1e-5), 1, weights=weights)
+    run(scheduler, 3, lambda i: 2.0 - 1e-4 * i)  # far too slow
+    for decision in scheduler.decisions:
+        assert sum(decision.probabilities or ()) == pytest.approx(1.0)
+        assert decision.action == "raise"

@@ -467,7 +467,9 @@ def test_every_kernel_computes_in_full_vector_registers() -> None:
         if head is None or int(head[1], 16) not in isas:
             continue
         isa = isas.pop(int(head[1], 16))
-        if re.search(rf"^\S+\s+jmp\s+\S+ <\S*(?:{UPDATE}|{RANGE})\S*>", text.split("\n", 1)[1].strip()):
+        if re.search(
+            rf"^\S+\s+jmp\s+\S+ <\S*(?:{UPDATE}|{RANGE})\S*>", text.split("\n", 1)[1].strip()
+        ):
             continue  # the compiler found an equal function: state types of a rule without state
         suffix = "pd" if "IdEE" in head[2] else "ps"
         if not re.search(rf"\bv?mul{suffix}\s.*%{REGISTERS[isa]}\d", text):

@@ -35,7 +35,9 @@ def test_every_decision_equals_the_cpu(case: Case, engine: str, device: torch.de
     actual.check_guards()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs, streams and devices need a CUDA device")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="graphs, streams and devices need a CUDA device"
+)
 @parametrize_cases([Case(ADAMP, "weight_decay")])
 def test_a_captured_step_equals_steps(case: Case, engine: str, device: torch.device) -> None:
     """The decisions are made anew in every replay."""
