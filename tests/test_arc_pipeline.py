@@ -43,6 +43,7 @@ def expected_window(
     """The specification in plain loops: OpenCV's two resizes, z-scores, left padding."""
 
     def z_score(x: list[float]) -> list[float]:
+        x = [v - x[0] for v in x]  # a constant is 0, not a rounding error
         mean = math.fsum(x) / len(x)
         deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in x) / len(x))
         return [(v - mean) / max(deviation, 1e-7) for v in x]

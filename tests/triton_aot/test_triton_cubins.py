@@ -102,7 +102,7 @@ def test_every_kernel_is_compiled_for_every_architecture(compiled: dict[str, lis
     n_unscaling = sum(job[-1] for arch in ARCHS for job in project_jobs(arch))
     n_jobs = sum(len(project_jobs(arch)) for arch in ARCHS)
     assert len(compiled["project"]) == n_phases * n_jobs + n_unscaling
-    assert len(compiled["arrays"]) == 4 * 4 * 2 * len(ARCHS)
+    assert len(compiled["arrays"]) == 4 * 5 * 2 * len(ARCHS)
     assert len(compiled["sums"]) == (3 + 1 + 4 * 2 + 2) * len(ARCHS)
 
 
