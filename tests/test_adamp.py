@@ -487,6 +487,40 @@ def test_a_row_without_a_gradient_counts_as_at_right_angles(case: Case, name: st
     assert ((radial + rate * decay * (p.detach().norm(dim=1) > 0)).abs() < 1e-9).all()
 
 
+@parametrize_decisions
+@pytest.mark.parametrize("row", [ADAMP, SGDP])
+@pytest.mark.native
+def test_a_decay_that_takes_the_whole_weight_is_exact(row: Any, decision: str) -> None:
+    """Nothing of the weight is left in the plain result, from which it could be found again."""
+    found = []
+    for name in ("cpu", "reference"):
+        params = parameters_of([(7, 5), (3, 4, 5)], torch.float64)
+        optimizer = row.ours(params, lr=0.5, weight_decay=2.0, backend=name)
+        feed(params, decision, 3)
+        assert {decide(p, p.grad) for p in params} == {decision}
+        optimizer.step()
+        found.append(params)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.native
+def test_a_repaired_result_that_overflows_is_no_nan(sign: float) -> None:
+    w = torch.full((2, 4), 3.2e38)
+    w[1] = -3.2e38
+    # At right angles to w as a whole, in no row; its sign, the direction, is not.
+    g = sign * torch.tensor([[3.0, -1.0, -1.0, -1.0], [1.0, -1.0, -1.0, 1.0]]) + 0.0
+    g[0, 0] += 0.5 * sign
+    g[1, 0] += 0.5 * sign
+    param = Parameter(w.clone())
+    assert decide(w, g) == "layer"
+    param.grad = g
+    AdamP([param], lr=3e37, backend="cpu").step()
+    assert param.isinf().any()
+    assert not param.isnan().any()
+
+
 @parametrize_backends
 def test_vectors_and_numbers_are_never_projected(name: str) -> None:
     for row in (ADAMP, SGDP):
