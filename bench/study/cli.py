@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from pyoptim.demo import DemoError
@@ -59,14 +60,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.report:
             chosen = (options.tasks, options.optimizers, options.schedules)
             study(*chosen, options.seeds, options.data, results, options.workers)
-    except (folder.FolderError, SettingsError, DemoError, OSError) as error:
+        _show(results, options.write)
+    except (folder.FolderError, SettingsError, DemoError, ValueError, OSError) as error:
         print(f"study: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _show(results: Results, document: Path | None) -> None:
+    """Raises: ValueError where `document` lacks the markers."""
     tables = report.report(results.sections)
     print(f"\n{tables}\n")
-    if options.write:
-        text = options.write.read_text(encoding="utf-8")
-        options.write.write_text(replace_section(text, tables), encoding="utf-8")
-    for path in report.draw(results.sections, options.out.with_suffix("")):
+    if document:
+        text = document.read_text(encoding="utf-8")
+        document.write_text(replace_section(text, tables), encoding="utf-8")
+    if find_spec("matplotlib") is None:
+        print("no plots: they need matplotlib; pip install matplotlib")
+        return
+    for path in report.draw(results.sections, results.path.with_suffix("")):
         print(f"plot: {path}")
-    return 0
