@@ -134,7 +134,7 @@ def test_columns_are_scaled_by_the_training_part() -> None:
     assert made.valid[0][0, 0] == 0
 
 
-def test_pictures_are_cut_to_the_papers_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_are_cut_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
     images, labels = torch.arange(100.0).reshape(-1, 1, 1, 1), torch.arange(100)
     found = data.demo.Data("some", images, labels, images[:7], labels[:7])
     monkeypatch.setattr(data.demo, "find_data", lambda _: found)
@@ -360,6 +360,20 @@ def test_a_seed_fixes_start_and_batches_for_all() -> None:
     for row in again:
         del row["seconds"], row["seconds of loading"]
     assert again[0] == again[1]
+
+
+def test_every_epoch_has_all_rows_in_an_order_of_the_seed() -> None:
+    x = torch.arange(40.0)
+    found = dataclasses.replace(tiny_table(3), train=(x, x))
+    first, again, other = (
+        [batch[0] for batch in train.batches(found, epochs=2, seed=seed)] for seed in (0, 0, 1)
+    )
+    assert [len(batch) for batch in first] == [14, 14, 12] * 2
+    epochs = torch.cat(first).split(40)
+    assert all(torch.equal(epoch.sort().values, x) for epoch in epochs)
+    assert not torch.equal(*epochs)
+    assert torch.equal(torch.cat(first), torch.cat(again))
+    assert not torch.equal(torch.cat(first), torch.cat(other))
 
 
 @pytest.mark.usefixtures("tiny")
