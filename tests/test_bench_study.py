@@ -108,11 +108,14 @@ def test_names_are_tagged_by_what_the_module_says_about_them() -> None:
 
 def test_words_are_numbered_by_what_the_training_part_has_seen() -> None:
     seen, new = [("Rome", "B-LOC"), ("is", "O"), ("is", "O")], [("Oslo", "B-LOC")] * 5
-    made = data.sentences("", {TRAIN: [seen, seen], VALID: [new], TEST: [seen]}, 4, batch=1)
+    rare = [*seen[:2], ("Bern", "O")]
+    made = data.sentences("", {TRAIN: [seen, rare], VALID: [new], TEST: [seen]}, 4, batch=1)
     assert made.outputs == 3
     assert made.train[1].tolist() == [[1, 0, 0, IGNORED]] * 2
     assert made.valid[1].tolist() == [[1, 1, 1, 1]]  # cut
     assert (made.train[0][:, 3] == 0).all()
+    assert made.train[0][1, 2, 0] == 1  # seen once
+    assert made.train[0][0, 0, 0] > 1
     word, _, shape = made.valid[0][0, 0].tolist()
     assert (word, shape) == (1, made.train[0][0, 0, 2])  # unknown, but capitalised as Rome
     assert made.train[0].max() == made.inputs - 1
