@@ -576,6 +576,7 @@ def test_tables_put_the_papers_figures_beside_ours() -> None:
     assert "accuracy of 0.568" in text
     row = "| AdamW | 0.01 | - | 0.800 ± 0.100 | 0.781 | - | 0.781 | - | 0.781 | - |"
     assert lines.count(row) == 1
+    assert "| AdamW | 0.01 | - | 0.600 ± 0.000 | 0.747 | - | 0.732 | - | 0.756 | - |" in lines
     assert "| SaLSa | own | 0.750 ± 0.000 | - | - | - | - | - | - | - |" in lines
     assert "| AdamW | - | 1.5 | - | - | - |" in lines  # first, then second
     assert "sequence tagging" not in text.lower()
