@@ -510,6 +510,21 @@ def test_only_what_is_missing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("tiny")
+def test_what_is_chosen_can_be_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "study.json"
+    study(path, ["AdamW"])
+    before = json.loads(path.read_text())
+    monkeypatch.setattr(runner, "run", lambda job: {"test": 0.5, "seconds": 0.0})
+    study(path, ["AdamW"], schedules=["linear"], again=True)
+    after = json.loads(path.read_text())
+    assert after["runs"]["tabular | AdamW | linear | 0"]["test"] == 0.5
+    assert (
+        after["runs"]["tabular | AdamW | none | 0"] == before["runs"]["tabular | AdamW | none | 0"]
+    )
+    assert after["rates"] == before["rates"]
+
+
+@pytest.mark.usefixtures("tiny")
 def test_what_was_done_before_an_interruption_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,9 @@ def parser() -> argparse.ArgumentParser:
         default=Path("study.json"),
         help="results; plots are written beside it (default study.json)",
     )
+    result.add_argument(
+        "--again", action="store_true", help="run what is chosen also where its rows are there"
+    )
     result.add_argument("--report", action="store_true", help="run nothing: tables and plots only")
     result.add_argument(
         "--write", type=Path, metavar="MD", help="put the tables between the markers of a file"
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not options.report:
             chosen = (options.tasks, options.optimizers, options.schedules)
-            study(*chosen, options.seeds, options.data, results, options.workers)
+            study(*chosen, options.seeds, options.data, results, options.workers, options.again)
         _show(results, options.write)
     except (folder.FolderError, SettingsError, DemoError, ValueError, OSError) as error:
         print(f"study: {error}", file=sys.stderr)
