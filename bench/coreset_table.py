@@ -128,12 +128,12 @@ def _is_in_tail(labels: Tensor) -> Tensor:
     return is_kept
 
 
-def make_network() -> nn.Module:
-    """Three convolutions with BatchNorm, 28 x 28 to 10."""
+def make_network(channels: int = 1, classes: int = CLASSES) -> nn.Module:
+    """Three convolutions with BatchNorm, images of any size to their classes."""
     layers: list[nn.Module] = []
-    for i, o, stride in ((1, 16, 2), (16, 32, 2), (32, 64, 1)):
+    for i, o, stride in ((channels, 16, 2), (16, 32, 2), (32, 64, 1)):
         layers += [nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, CLASSES))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, classes))
 
 
 class AutoEncoder(nn.Module):
