@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from pyoptim import backend, norms
 from pyoptim.line_search.closures import Buffers, Closure, Evaluation, RandomState
-from pyoptim.line_search.direction import ReferenceDirection, shards, state_names
+from pyoptim.line_search.direction import ReferenceDirection, state_names
+from pyoptim.norms import _outside_graphs as outside_graphs
 from pyoptim.optimizer import FusedOptimizer
 from pyoptim.rows import HALF_DTYPES
 
@@ -65,20 +66,21 @@ class LineSearch(FusedOptimizer):
     """Base of the line searches: closures, random numbers, buffers, processes, checkpoints.
 
     A subclass keeps its numbers in `_numbers`, a dataclass of all that a checkpoint must hold, with
-    at least `step`, `step_size`, `n_searches` and `n_trials`, and says when to search, what to try,
-    what to accept and how to move.
+    at least `step`, `step_size`, `n_searches` and `n_trials`, and its constants in `_settings`,
+    with at least `max_trials`. It says when to search, what to try, what to accept, how to move.
     """
 
     rule = "line_search"
     _numbers: Any
-    _max_trials: int
+    _settings: Any
     # Multiplies the steps that are made, not the trials.
     rate_factor: float = 1.0
     # The last search, None before the first.
     last_search: Search | None = None
+    _module: Module | None = None
+    _process_group: Any = None
     _is_in_trial = False
     _has_warned = False
-    _OWN = ("_numbers", "rate_factor", "last_search", "_max_trials", "_process_group", "_module")
 
     # -- what a subclass says ----------------------------------------------------------------------
 
@@ -123,8 +125,8 @@ class LineSearch(FusedOptimizer):
         self,
         params: Any,
         options: dict[str, Any],
+        settings: Any,
         numbers: Any,
-        max_trials: int,
         *,
         state_dtype: torch.dtype | None,
         backend: str | None,
@@ -134,9 +136,8 @@ class LineSearch(FusedOptimizer):
         process_group: Any,
     ) -> None:
         self._configure(state_dtype, backend, max_grad_norm)
-        self._numbers, self._max_trials = numbers, max_trials
+        self._settings, self._numbers = settings, numbers
         self._module, self._process_group = module, process_group
-        check_number("max_trials", max_trials, 1)
         Optimizer.__init__(
             self, params, {**options, "lr_scale": 1.0, "master_weights": master_weights}
         )
@@ -186,8 +187,8 @@ class LineSearch(FusedOptimizer):
 
     # -- stepping ----------------------------------------------------------------------------------
 
-    @_disable_dynamo
-    def step(  # type: ignore[override]
+    @outside_graphs
+    def step(
         self,
         closure: Closure | Sequence[Closure] | None = None,
         *,
@@ -300,7 +301,7 @@ class LineSearch(FusedOptimizer):
             next_size = self._judge(step_size, start, steepness, trial)
             if next_size is None:
                 return ended("accepted"), step_size
-            if len(losses) == self._max_trials:
+            if len(losses) == self._settings.max_trials:
                 return ended("failed"), next_size
             step_size = next_size
             direction.trial(step_size)
@@ -509,7 +510,9 @@ class LineSearch(FusedOptimizer):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._OWN}}
+        """Leaves out `module` and `process_group`: a copy finds its own, as if none were given."""
+        names = ("_numbers", "_settings", "rate_factor", "last_search")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

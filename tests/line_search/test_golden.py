@@ -51,8 +51,11 @@ class Problem:
 
 
 OFFICIAL = {
-    **{"decrease": "avg_decrease", "slope": "avg_gradient_norm"},
-    **{"fast": "ema_fast", "slow": "ema_slow", "since": "since_last_search"},
+    "decrease": "avg_decrease",
+    "slope": "avg_gradient_norm",
+    "fast": "ema_fast",
+    "slow": "ema_slow",
+    "since": "since_last_search",
 }
 SALSA: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "salsa_released_default": ({"variant": "release"}, OFFICIAL),
