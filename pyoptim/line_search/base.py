@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ class Direction(Protocol):
     def start(self, eta: float, grad_factor: float | Tensor = 1.0) -> Tensor: ...
     def trial(self, eta: float) -> None: ...
     def finish(self, eta: float) -> None: ...
+    def accept(self) -> None: ...
     def restore(self) -> None: ...
     def undo(self) -> None: ...
     def plain(self, eta: float, grad_factor: float | Tensor = 1.0) -> None: ...
@@ -314,10 +316,12 @@ class LineSearch(FusedOptimizer):
         rate = step_size * (self._damping if way == "finish" else self.rate_factor)
         if way == "finish":
             direction.finish(rate)
-        elif rate == 0.0:
+            return dataclasses.replace(search, step_size=step_size)
+        if rate == 0.0:
             direction.restore()
         elif rate != search.step_sizes[-1]:
             direction.trial(rate)
+        direction.accept()
         return dataclasses.replace(search, step_size=step_size)
 
     def _replayed(
@@ -381,7 +385,7 @@ class LineSearch(FusedOptimizer):
         choice = self.backend or backend.chosen()
         kept = self.__dict__.setdefault("_directions", {})
         if choice not in kept:
-            kept[choice] = ReferenceDirection(self)
+            kept[choice] = (ReferenceDirection if choice == "reference" else _fused())(self)
         direction: Direction = kept[choice]
         return direction
 
@@ -520,6 +524,15 @@ class LineSearch(FusedOptimizer):
         self._shown = [group["lr"] for group in self.param_groups]
 
 
+def _fused() -> Callable[[Optimizer], Direction]:
+    if backend.native() is None or importlib.util.find_spec("pyoptim.line_search.fused") is None:
+        return ReferenceDirection
+    made: Callable[[Optimizer], Direction] = importlib.import_module(
+        "pyoptim.line_search.fused"
+    ).FusedDirection
+    return made
+
+
 def _scale(grad_scaler: Any) -> Callable[[Tensor], Any]:
     return (lambda loss: loss) if grad_scaler is None else grad_scaler.scale
 
@@ -527,11 +540,11 @@ def _scale(grad_scaler: Any) -> Callable[[Tensor], Any]:
 def check_number(
     name: str, value: Any, low: float, high: float = math.inf, open_end: bool = False
 ) -> None:
-    is_in = low < value < high if open_end else low <= value < high
-    if not is_in:
+    is_number = isinstance(value, int | float)
+    if not is_number or not (low < value < high if open_end else low <= value < high):
         bound = f"{'above' if open_end else 'at least'} {low}"
         bound += f" and below {high}" if high < math.inf else " and finite"
-        raise ValueError(f"{name} must be {bound}, got {value!r}")
+        raise ValueError(f"{name} must be a number {bound}, got {value!r}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

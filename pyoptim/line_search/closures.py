@@ -238,5 +238,4 @@ class Buffers:
             return
         for part, name, buffer, _ in self._saved:
             part._buffers[name] = buffer
-        buffers, copies = ([s[i] for s in self._saved] for i in (2, 3))
-        torch._foreach_copy_(buffers, copies)
+        torch._foreach_copy_([s[2] for s in self._saved], [s[3] for s in self._saved])

@@ -20,9 +20,10 @@ class Settings:
 
     Args:
         n_always: steps that search, whatever the interval, at the beginning.
-        search_interval: steps from one search to the next; None is equation (11).
-        max_interval: its upper bound.
-        is_corrected: the averages of the step size have no bias towards where they started.
+        search_interval: steps from one search to the next; None is "auto".
+        max_interval: the upper bound of "auto".
+        interval_growth: the interval grows by this factor after a search that rejected at most one
+            step size, and halves after any other; None is equation (11).
         grows_always: the step size grows at every step.
         grows_unsearched: steps without a search are made with growth*step_size.
         leaves_trial: steps with a search have no momentum.
@@ -44,7 +45,7 @@ class Settings:
     search_interval: int | None = None
     max_interval: int = 10
     max_step_size: float | None = None
-    is_corrected: bool = False
+    interval_growth: float | None = None
     grows_always: bool = False
     grows_unsearched: bool = True
     leaves_trial: bool = False
@@ -56,7 +57,7 @@ class Settings:
 VARIANTS = {
     "default": Settings(
         max_interval=20,
-        is_corrected=True,
+        interval_growth=1.5,
         grows_unsearched=False,
         is_official=False,
         interpolates=0.1,
@@ -83,6 +84,7 @@ class Numbers:
 
     Args:
         fast, slow: averages of the step size, equation (8).
+        interval: from this search to the next, of the variant "default".
         since: steps since the last search.
         decrease, slope: h and s of equations (5) and (7).
     """
@@ -90,6 +92,7 @@ class Numbers:
     step_size: float
     fast: float = 1e-8
     slow: float = 1e-8
+    interval: float = 1.0
     step: int = 0
     since: int = 100
     decrease: float = 0.0
@@ -130,7 +133,7 @@ class SaLSa(LineSearch):
     ) -> None:
         check_choice("base", base, ("adam", "sgd"))
         check_choice("variant", variant, tuple(VARIANTS))
-        given = {
+        given: dict[str, Any] = {
             "c": c,
             "betas": betas,
             "beta3": beta3,
@@ -172,15 +175,13 @@ class SaLSa(LineSearch):
 
     @property
     def interval(self) -> float:
-        """Steps from the last search to the next: L, equations (9) to (11)."""
+        """Steps from the last search to the next; L of equation (11) if the variant follows it."""
         own, n = self._settings, self._numbers
         if own.search_interval is not None:
             return own.search_interval
+        if own.interval_growth is not None:
+            return n.interval
         ratio = n.fast / n.slow
-        if own.is_corrected:
-            if n.n_searches == 0:
-                return 1.0
-            ratio *= (1 - 0.99**n.n_searches) / (1 - 0.9**n.n_searches)
         ratio = 1 / ratio if ratio < 1 else ratio
         return min(float(own.max_interval), 1 / ((ratio - 1) + 1e-8))
 
@@ -251,6 +252,10 @@ class SaLSa(LineSearch):
             next_size = n.step_size * own.shrink
         if not own.is_official and search.result == "flat":
             return "finish", n.step_size
+        if own.interval_growth is not None:
+            is_confirmed = search.result == "accepted" and len(search.losses) <= 2
+            factor = own.interval_growth if is_confirmed else 0.5
+            n.interval = min(max(1.0, n.interval * factor), own.max_interval)
         n.step_size = next_size
         n.slow = 0.99 * n.slow + 0.01 * n.step_size
         n.fast = 0.9 * n.fast + 0.1 * n.step_size

@@ -42,7 +42,12 @@ def batches(n: int, first: int = 0, dtype: torch.dtype = torch.float64) -> Itera
 
 
 def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
-    return lambda: cross_entropy(model(batch[0]), batch[1])
+    def loss() -> Tensor:
+        logits = model(batch[0])
+        is_half = logits.dtype in (torch.bfloat16, torch.float16)
+        return cross_entropy(logits.float() if is_half else logits, batch[1])
+
+    return loss
 
 
 def train(model: nn.Module, optimizer: LineSearch, n: int, first: int = 0) -> list[float]:

@@ -277,3 +277,28 @@ def test_saved_weights_stay_allocated_and_follow_the_parameter() -> None:
     direction.start(0.1)
     direction.restore()
     assert direction._copies[id(params[0])].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_accept_stays_where_the_parameters_are(dtype: torch.dtype) -> None:
+    optimizer = make("adam", dtype)
+    params, direction = params_of(optimizer), ReferenceDirection(optimizer)
+    for param in params if dtype == torch.bfloat16 else ():
+        optimizer.state[param]["master_param"] = param.detach().float()
+    for step in range(3):
+        set_grads(params, step)
+        direction.start(0.5)
+        direction.trial(0.125)
+        before = [p.detach().clone() for p in params]
+        direction.accept()
+        assert all(map(same_bits, params, before))
+        for param in params if dtype == torch.bfloat16 else ():
+            master = optimizer.state[param]["master_param"]
+            assert same_bits(param.detach(), master.to(dtype))
+            assert float(optimizer.state[param]["step"]) == step + 1
+    set_grads(params, 4)
+    before = values(optimizer)
+    direction.start(0.5)
+    direction.restore()
+    direction.accept()
+    assert all(map(same_bits, params, before))
