@@ -233,7 +233,14 @@ class Buffers:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Undoes what a trial has done to them, in place."""
+        """Undoes what a trial has done to them, in place.
+
+        Also lets go of whole weights that FSDP2 keeps after a forward pass without a backward pass:
+        the next one would see them, not the shards of then.
+        """
+        for part in self._modules.values():
+            if hasattr(part, "reshard") and hasattr(part, "unshard"):
+                part.reshard()
         if not self._saved:
             return
         for part, name, buffer, _ in self._saved:
