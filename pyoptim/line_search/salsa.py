@@ -56,6 +56,7 @@ class Settings:
 
 VARIANTS = {
     "default": Settings(
+        c=0.3,
         max_interval=20,
         interval_growth=1.5,
         grows_unsearched=False,
@@ -102,6 +103,71 @@ class Numbers:
 
 
 class SaLSa(LineSearch):
+    """SaLSa: Adam (or SGD) without a learning rate.
+
+    Some steps search for their step size eta along d = g/(sqrt(v_hat) + eps) (SGD: d = g), on the
+    mini-batch of the step, until the loss has decreased enough, averaged over searches:
+
+        h = beta3*h + (1-beta3)*(loss(p) - loss(p - eta*d));  s = beta3*s + (1-beta3)*<g, d>
+        accept eta if h >= c*eta*s, else eta = shrink*eta;  the next search begins at growth*eta
+
+    The step that is then made has momentum, as all steps in between with the last eta:
+
+        p = (1 - eta*weight_decay)*p - eta*m_hat/(sqrt(v_hat) + eps)
+
+    `step(closure)` runs the backward pass itself: the closure computes the loss and returns it.
+
+        optimizer = pyoptim.SaLSa(model.parameters())
+        for x, y in batches:
+            loss = optimizer.step(lambda: loss_fn(model(x), y))
+
+    Args:
+        params: tensors, named tensors or groups; floating-point; any shape and strides. A group may
+            have `weight_decay`, `betas`, `eps`, and `lr_scale`, its rate relative to the others.
+        base: "adam", or "sgd", whose momentum is an average: eta times
+            (1-momentum)*sum(momentum^i*g_i).
+        variant: "default"; "paper", the class behind the published figures; "release", what the
+            authors' package does; "repaired", the release with the paper's momentum in the step.
+            All but "default" reproduce their originals; see docs/line-search.md for what differs.
+        c: part of the promised decrease that is demanded; larger is more careful.
+        betas: decay rates of the averages of the gradient and of its square.
+        beta3: decay rate of the averages of the test; 0 is the plain Armijo condition.
+        shrink: factor after a rejection.
+        growth: factor before the first trial of a search ("paper": at every step).
+        init_step_size: eta before the first search.
+        eps: added to the root.
+        weight_decay: decoupled, per unit of eta*lr_scale.
+        max_trials: rejections after which a search fails: the step is made with shrink times the
+            eta before the search.
+        search_interval: steps from one search to the next; "auto" lets them become rare.
+        use_mv: search along m_hat in the place of g. The authors recommend it; it diverges.
+        max_step_size: a bound of eta; None has none.
+        momentum: of base "sgd"; 0 keeps no buffer.
+        state_dtype: torch.float32 keeps the moments of half-precision parameters in float32.
+        backend: "auto", "cpu", "cuda", "triton" or "reference"; None follows `use_backend`.
+        max_grad_norm: clip the 2-norm of all gradients together to this before the search; None
+            does not clip. The gradients are not written.
+        master_weights: keep half-precision parameters in float32 as well, of which they are the
+            rounding; without, steps below their resolution are lost.
+        module: the model, whose buffers trials must not move. None is every module that the closure
+            calls, found by a hook in steps with a search, which torch.compile dislikes.
+        process_group: over which losses and slopes are averaged before they are compared; None is
+            all processes if torch.distributed runs, False this one alone.
+
+    `c` to `init_step_size` and `max_trials` of None are the variant's own.
+
+    Attributes for logging: `step_size`, `last_search` (a `line_search.Search`), `n_searches`,
+    `n_trials`, `interval`, and `lr` of every group, which is written after each step. To scale
+    steps, but not trials, set `rate_factor`.
+
+    State per param: step (0-dim), exp_avg, exp_avg_sq (Adam) or momentum_buffer, and master_param
+    (float32) of half-precision parameters. The numbers of the search are in the state_dict's
+    groups, key "line_search".
+    Raises: ValueError for an option out of range; BackendError if `backend` cannot run here.
+    Source: Kenneweg et al., arXiv:2407.20650 (No learning rates needed: introducing SALSA), and the
+    authors' code.
+    """
+
     _numbers: Numbers
     _settings: Settings
 
