@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from torch.optim import Optimizer
 from pyoptim import backend, norms
 from pyoptim.line_search.closures import Buffers, Closure, Evaluation, RandomState
 from pyoptim.line_search.direction import ReferenceDirection, state_names
+from pyoptim.line_search.fused import FusedDirection
 from pyoptim.norms import _outside_graphs as outside_graphs
 from pyoptim.optimizer import FusedOptimizer
 from pyoptim.rows import HALF_DTYPES
@@ -385,7 +385,8 @@ class LineSearch(FusedOptimizer):
         choice = self.backend or backend.chosen()
         kept = self.__dict__.setdefault("_directions", {})
         if choice not in kept:
-            kept[choice] = (ReferenceDirection if choice == "reference" else _fused())(self)
+            is_plain = choice == "reference" or backend.native() is None
+            kept[choice] = (ReferenceDirection if is_plain else FusedDirection)(self)
         direction: Direction = kept[choice]
         return direction
 
@@ -522,15 +523,6 @@ class LineSearch(FusedOptimizer):
         super().__setstate__(state)
         self.__dict__.pop("_directions", None)
         self._shown = [group["lr"] for group in self.param_groups]
-
-
-def _fused() -> Callable[[Optimizer], Direction]:
-    if backend.native() is None or importlib.util.find_spec("pyoptim.line_search.fused") is None:
-        return ReferenceDirection
-    made: Callable[[Optimizer], Direction] = importlib.import_module(
-        "pyoptim.line_search.fused"
-    ).FusedDirection
-    return made
 
 
 def _scale(grad_scaler: Any) -> Callable[[Tensor], Any]:
