@@ -114,7 +114,8 @@ struct StepRow {
 
   // Whether the CPU engine can add up the terms of this row, and save what it reads.
   bool has_sum() const {
-    return bucket < 0 && table_row.sum && (table_row.saved || table_row.master);
+    const bool is_kept = table_row.saved || table_row.master || table_row.numel == 0;
+    return bucket < 0 && table_row.sum && is_kept;
   }
 };
 
