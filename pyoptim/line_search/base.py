@@ -81,6 +81,9 @@ class LineSearch(FusedOptimizer):
     last_search: Search | None = None
     _module: Module | None = None
     _process_group: Any = None
+    # Half-precision parameters with master copies, and their versions after the last step.
+    _halves: Sequence[Tensor] = ()
+    _written: dict[Tensor, int]
     _is_in_trial = False
     _has_warned = False
 
@@ -140,6 +143,7 @@ class LineSearch(FusedOptimizer):
         self._configure(state_dtype, backend, max_grad_norm)
         self._settings, self._numbers = settings, numbers
         self._module, self._process_group = module, process_group
+        self._written = {}
         Optimizer.__init__(
             self, params, {**options, "lr_scale": 1.0, "master_weights": master_weights}
         )
@@ -228,7 +232,7 @@ class LineSearch(FusedOptimizer):
         if self._has_overflow(grad_scaler):
             return loss
         factor = self._grad_factor()
-        self._fill_masters()
+        self._fill_masters(may_be_new=False)
         numbers = dataclasses.replace(self._numbers)
         try:
             self._count(False)
@@ -249,7 +253,7 @@ class LineSearch(FusedOptimizer):
         if self._has_overflow(grad_scaler):
             return loss
         factor, direction, numbers = self._grad_factor(), self._direction, self._numbers
-        self._fill_masters()
+        self._fill_masters(may_be_new=True)
         self._numbers = dataclasses.replace(numbers)
         grads = [p.grad for p in self._params()]
         try:
@@ -362,7 +366,7 @@ class LineSearch(FusedOptimizer):
                 f"{type(self).__name__}.step() needs a closure that computes and returns the loss: "
                 "optimizer.step(lambda: loss_fn(model(x), y))"
             )
-        self._fill_masters()
+        self._fill_masters(may_be_new=True)
         self._direction.plain(0.0)
 
     @property
@@ -435,10 +439,8 @@ class LineSearch(FusedOptimizer):
 
     def _end(self, step_size: float) -> None:
         self._show_rates(step_size)
-        versions = self.__dict__.setdefault("_versions", {})
-        for param in self._params():
-            if "master_param" in self.state.get(param, {}):
-                versions[id(param)] = param._version
+        for param in self._halves:
+            self._written[param] = param._version
 
     def _show_rates(self, step_size: float) -> None:
         for group in self.param_groups:
@@ -459,18 +461,22 @@ class LineSearch(FusedOptimizer):
     # -- master copies -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _fill_masters(self) -> None:
-        """Makes float32 copies of half-precision parameters, anew where someone else wrote one."""
-        versions = self.__dict__.setdefault("_versions", {})
-        for group in self.param_groups:
-            for param in group["params"] if group["master_weights"] else ():
-                if param.dtype not in HALF_DTYPES or param.grad is None:
-                    continue
-                entry = self.state[param]
-                if "master_param" not in entry:
-                    entry["master_param"] = param.detach().float()
-                elif versions.get(id(param), param._version) != param._version:
-                    entry["master_param"].copy_(param)
+    def _fill_masters(self, may_be_new: bool) -> None:
+        """Makes float32 copies of half-precision parameters, anew where someone else wrote one.
+
+        Args:
+            may_be_new: look through all parameters, which takes time.
+        """
+        if may_be_new:
+            groups = [group for group in self.param_groups if group["master_weights"]]
+            params = (p for group in groups for p in group["params"])
+            self._halves = [p for p in params if p.dtype in HALF_DTYPES]
+        for param in self._halves:
+            master = self.state[param].get("master_param") if param in self.state else None
+            if master is None and param.grad is not None:
+                self.state[param]["master_param"] = param.detach().float()
+            elif master is not None and self._written.get(param) not in (None, param._version):
+                master.copy_(param)
 
     # -- state -------------------------------------------------------------------------------------
 
@@ -501,9 +507,7 @@ class LineSearch(FusedOptimizer):
         super().load_state_dict({**state_dict, "param_groups": groups})
         self.rate_factor = numbers.pop("rate_factor")
         self._numbers = type(self._numbers)(**numbers)
-        self.__dict__.pop("_versions", None)
-        self.__dict__.pop("_directions", None)
-        self._shown = [group["lr"] for group in self.param_groups]
+        self._forget()
 
     def _restore_precision(
         self, entry: dict[str, Any], param: Tensor, source: Mapping[str, Any]
@@ -521,7 +525,12 @@ class LineSearch(FusedOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        """What belongs to the former state."""
         self.__dict__.pop("_directions", None)
+        self._halves, self._written = (), {}
         self._shown = [group["lr"] for group in self.param_groups]
 
 

@@ -239,8 +239,9 @@ class Buffers:
         the next one would see them, not the shards of then.
         """
         for part in self._modules.values():
-            if hasattr(part, "reshard") and hasattr(part, "unshard"):
-                part.reshard()
+            reshard: Callable[[], None] | None = getattr(part, "reshard", None)
+            if reshard is not None and hasattr(part, "unshard"):
+                reshard()
         if not self._saved:
             return
         for part, name, buffer, _ in self._saved:
