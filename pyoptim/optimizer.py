@@ -222,13 +222,15 @@ class FusedOptimizer(Optimizer):
         return self.step(closure)
 
     def _is_observed(self) -> bool:
-        is_observed = (
+        # A subclass's own step(), which then calls this one, has been wrapped by torch.
+        return self._has_observers() and type(self).step is FusedOptimizer.step
+
+    def _has_observers(self) -> bool:
+        return bool(
             self._has_hooks()
             or profiler._is_profiler_enabled
             or torch._C._autograd._profiler_enabled()
         )
-        # A subclass's own step(), which then calls this one, has been wrapped by torch.
-        return bool(is_observed) and type(self).step is FusedOptimizer.step
 
     def _unobserved_step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None

@@ -220,6 +220,15 @@ class LineSearch(FusedOptimizer):
                 Whatever a trial raises passes through. Weights, moments, step counts and random
                 numbers are as before.
         """
+        is_own = type(self).step is LineSearch.step  # torch has wrapped any other
+        if is_own and self._has_observers():
+            return self._make_observed_step(closure, grad_scaler)
+        return self._make_step(closure, grad_scaler)
+
+    # torch would wrap step() in what costs 10 us and is of use only to hooks and profilers.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _make_step(self, closure: Closure | Sequence[Closure] | None, grad_scaler: Any) -> Any:
         if closure is None:
             self._step_without_closure()
             return None
@@ -243,6 +252,8 @@ class LineSearch(FusedOptimizer):
             raise
         self._end(step_size)
         return loss
+
+    _make_observed_step = Optimizer.profile_hook_step(_make_step)
 
     def _searched_step(self, evaluation: Evaluation, grad_scaler: Any) -> Tensor:
         random = RandomState({p.device for p in self._params()})
@@ -455,7 +466,7 @@ class LineSearch(FusedOptimizer):
             f"something else, perhaps a scheduler, wrote 'lr' of a group of {type(self).__name__}; "
             "this has no effect, since the search chooses the rate. Set rate_factor to scale the "
             "steps, lr_scale of a group for its relative rate, or step_size to start elsewhere",
-            stacklevel=3,
+            stacklevel=5,
         )
 
     # -- master copies -----------------------------------------------------------------------------

@@ -250,6 +250,16 @@ def test_searches_become_rare() -> None:
     assert optimizer.n_searches - before < 25
 
 
+def test_hooks_see_the_step() -> None:
+    model = make_model()
+    optimizer = SaLSa(model.parameters())
+    seen: list[Any] = []
+    optimizer.register_step_pre_hook(lambda own, args, kwargs: seen.append(own.n_searches))
+    optimizer.register_step_post_hook(lambda own, args, kwargs: seen.append(own.n_searches))
+    train(model, optimizer, 2)
+    assert seen == [0, 1, 1, 2]
+
+
 # -- mixed precision -------------------------------------------------------------------------------
 
 
