@@ -57,7 +57,7 @@ class Settings:
 VARIANTS = {
     "default": Settings(
         c=0.3,
-        max_interval=20,
+        max_interval=32,
         interval_growth=1.5,
         grows_unsearched=False,
         is_official=False,
