@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pyoptim.coreset.engines import engine_for
 from pyoptim.coreset.matrices import (
     as_tensor,
     check_matrix,
@@ -26,6 +27,7 @@ from pyoptim.coreset.matrices import (
     row_major,
     spans,
 )
+from pyoptim.coreset.search import nearest as nearest_on_device
 
 if TYPE_CHECKING:
     from pyoptim.coreset.matrices import Array, Rows
@@ -168,14 +170,17 @@ class _Search:
         first: int,
         found: _Found,
     ) -> None:
-        native = kernels_for(x, self.backend)
-        if native is None:
+        engine = engine_for(x, self.backend)
+        native = None if engine is not None else kernels_for(x, self.backend)
+        if engine is None and native is None:
             _merge_plainly(x, y, x_rows, y_rows, self.metric, first_row, first, found)
             return
         x, y = row_major(x), row_major(y)
-        x_nan, y_nan = native.coreset_nearest(
-            x, y, x_rows, y_rows, self.k, METRICS[self.metric], first, found.scores, found.indices
-        )
+        more = METRICS[self.metric], first, found.scores, found.indices
+        if native is None:
+            x_nan, y_nan = nearest_on_device(engine, x, y, x_rows, y_rows, self.k, *more)
+        else:
+            x_nan, y_nan = native.coreset_nearest(x, y, x_rows, y_rows, self.k, *more)
         if y_nan >= 0:
             raise nan_error("y", first + y_nan)
         if x_nan >= 0:
