@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyoptim import kernels
 from pyoptim.coreset.certificate import HUGE_NORM
-from pyoptim.coreset.engines import as_16_bits, lies_on_16_bytes
+from pyoptim.coreset.engines import lies_on_16_bytes, packed_dtype
 from pyoptim.coreset.search import Packed
 from pyoptim.kernels import launcher
 from pyoptim.kernels.elements import float64_of, narrow, widen
@@ -22,9 +22,11 @@ from pyoptim.kernels.launcher import bits_of
 
 Rows = tuple[Tensor, Tensor | None]
 
-# Of a program of the filter, and the elements of a row that it multiplies at once.
-TILE_ROWS, TILE_COLUMNS, TILE_DEPTH = 128, 128, 64
-FILTER_WARPS, FILTER_STAGES = 8, 3
+# Of a program of the filter, for whole rows and for split ones, which spill registers on sm_80 and
+# sm_120 with larger tiles; elements of a row that it multiplies at once, and how often these are on
+# their way.
+TILE_ROWS, FILTER_WARPS = 128, 8
+TILE_COLUMNS, TILE_DEPTHS, FILTER_STAGES = (128, 64), (64, 32), (3, 3)
 # Rows, or pairs, of a program that scores.
 ROWS = 32
 # Columns that a row is scored against at once where the filter has left it open.
@@ -383,7 +385,7 @@ def certify_kernel(
     row = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     is_row = row < n
     norm = tl.load(norms + row, mask=is_row, other=0.0)
-    mode = tl.load(about + 3)
+    mode = tl.load(about + (3 + tl.zeros([N], tl.int32)))
     first = tl.full([N], float("inf"), tl.float32)
     second, third = first, first
     i = tl.full([N], -1, tl.int32)
@@ -597,8 +599,9 @@ class TritonEngine:
         width = max(32, -(-d // 32) * 32)
         # Packed rows end with zeros, and the filter reads them to their end.
         is_ready = not splits and rows is None and d % 32 == 0 and lies_on_16_bytes(x)
-        high = None if is_ready else self._empty(n, width, dtype=torch.int16).view(as_16_bits(x))
-        low = self._empty(n, width, dtype=torch.int16).view(torch.bfloat16) if splits else None
+        dtype = packed_dtype(x, splits)
+        high = None if is_ready else self._empty(n, width, dtype=dtype)
+        low = self._empty(n, width, dtype=dtype) if splits else None
         norms = self._empty(n)
         half_norms = self._empty(n, dtype=torch.float32) if has_half_norms else None
         self._launch(
@@ -633,6 +636,7 @@ class TritonEngine:
         values: Tensor | None,
     ) -> None:
         n, m = len(x.norms), len(y.norms)
+        splits = x.low is not None
         operands: list[Any] = []
         for packed, size in ((x, n), (y, m)):
             low = None if packed.low is None else _elements(packed.low)
@@ -642,10 +646,10 @@ class TritonEngine:
             *(y.half_norms, n_parts, least, columns, values),
             INTERPRETED=kernels.device_type() == "cpu",
             BM=TILE_ROWS,
-            BN=TILE_COLUMNS,
-            BK=TILE_DEPTH,
+            BN=TILE_COLUMNS[splits],
+            BK=TILE_DEPTHS[splits],
             num_warps=FILTER_WARPS,
-            num_stages=FILTER_STAGES if x.low is None else FILTER_STAGES - 1,
+            num_stages=FILTER_STAGES[splits],
         )
 
     def certify(

@@ -77,7 +77,8 @@ class CudaEngine:
         self.native.coreset_gpu_pack(
             *(x, rows, metric, about, center, width, high, low, norms, half_norms, self.queue)
         )
-        return Packed(x if high is None else high.view(as_16_bits(x)), low, norms, half_norms)
+        packed = x if high is None else high.view(packed_dtype(x, splits))
+        return Packed(packed, low, norms, half_norms)
 
     def nearest(self, x: Packed, y: Packed, d: int, n_parts: int) -> tuple[Tensor, Tensor]:
         n = len(x.norms)
@@ -148,6 +149,7 @@ def lies_on_16_bytes(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0
 
 
-def as_16_bits(x: Tensor) -> torch.dtype:
+def packed_dtype(x: Tensor, splits: bool) -> torch.dtype:
     """The type of packed elements."""
-    return torch.float16 if x.dtype == torch.float16 else torch.bfloat16
+    is_half = x.dtype == torch.float16 and not splits
+    return torch.float16 if is_half else torch.bfloat16

@@ -207,7 +207,7 @@ class _Search:
         zero = torch.zeros_like(largest)
         exponent = torch.frexp(largest)[1] if self.splits else torch.zeros_like(self.nan)
         scale = torch.ldexp(zero + 1, -exponent.clamp(-120, 120))
-        center = self._mean(is_finite) * scale if self.splits and self.metric != COSINE else None
+        center = self._mean() * scale if self.splits and self.metric != COSINE else None
         scores_all = ~is_finite.all() if self._needs_finite() else zero.bool()
         if self.metric == COSINE:
             is_normal = ((squares > 1e-60) & (squares < 1e60)) | (squares == 0)
@@ -223,11 +223,13 @@ class _Search:
         may only be too large for float64 squares."""
         return self.metric != SQDIST or self.y[0].dtype == torch.float64
 
-    def _mean(self, is_finite: Tensor) -> Tensor:
+    def _mean(self) -> Tensor:
+        """Of some rows, without the longest: one of them could draw the mean away from all."""
         tensor, rows = self.y
         step = max(1, self.m // CENTER_ROWS)
         some = tensor[::step] if rows is None else tensor[rows[::step]]
-        counts = is_finite[::step, None]
+        squares = self.squares[::step]
+        counts = (squares.isfinite() & (squares <= 4 * squares.median()))[:, None]
         return torch.where(counts, some.double(), 0.0).sum(0) / counts.sum().clamp(min=1)
 
     def _pack(self, x: Tensor, rows: Tensor | None, has_half_norms: bool = False) -> Packed:
