@@ -156,8 +156,8 @@ struct About {
 };
 
 // Rows as the filter multiplies them: X = scale * x - center, of unit length where the metric is
-// cosine, each element as the sum of two of bfloat16. Or, if they are not split, 16-bit rows as they
-// are.
+// cosine, each element as the sum of two of bfloat16. Or, if they are not split, 16-bit rows as
+// they are.
 struct PackRows {
   Matrix x;
   Metric metric;
@@ -208,9 +208,9 @@ struct Certify {
   const float* least;      // of the filter
   const int32_t* columns;  // of the filter
   int64_t first_index;     // of row 0 of y's matrix
-  double* scores;          // device memory, [rows of x's matrix], updated where a better one is found
-  int64_t* indices;        // the same; -1 where there is none
-  uint8_t* is_settled;     // device memory, [x.n]: whether every pair was scored; or null
+  double* scores;       // device memory, [rows of x's matrix], updated where a better one is found
+  int64_t* indices;     // the same; -1 where there is none
+  uint8_t* is_settled;  // device memory, [x.n]: whether every pair was scored; or null
 };
 
 // scores[i][c] = the score of row i of x and row columns[i][c] of y, or row c.

@@ -7,14 +7,14 @@ namespace {
 
 // The farther of two, the lower row where they are equally far; and the first that is no number.
 __device__ __forceinline__ void keep_farthest(Farthest* best, const Farthest& other) {
-  const bool is_farther = other.row >= 0 && (best->row < 0 || other.sqdist > best->sqdist ||
-                                             (other.sqdist == best->sqdist && other.row < best->row));
+  const bool is_farther =
+      other.row >= 0 && (best->row < 0 || other.sqdist > best->sqdist ||
+                         (other.sqdist == best->sqdist && other.row < best->row));
   if (is_farther) {
     best->sqdist = other.sqdist;
     best->row = other.row;
   }
-  const bool is_first =
-      other.nan_row >= 0 && (best->nan_row < 0 || other.nan_row < best->nan_row);
+  const bool is_first = other.nan_row >= 0 && (best->nan_row < 0 || other.nan_row < best->nan_row);
   if (is_first) best->nan_row = other.nan_row;
 }
 
@@ -32,14 +32,15 @@ __device__ __forceinline__ Farthest farthest_of_block(Farthest best) {
 }
 
 template <class E>
-__global__ void __launch_bounds__(kThreads) step_center_kernel(const CenterStep __grid_constant__ work) {
+__global__ void __launch_bounds__(kThreads)
+    step_center_kernel(const CenterStep __grid_constant__ work) {
   const int64_t center_row = work.center ? 0 : work.former->row;
   Farthest best = {-1, -1, -1};
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kQuads;
   const int64_t rounds = center_row < 0 ? 0 : (work.x.n + stride - 1) / stride;
   for (int64_t round = 0; round < rounds; ++round) {
-    const int64_t row = round * stride + static_cast<int64_t>(blockIdx.x) * kQuads +
-                        threadIdx.x / kQuad;
+    const int64_t row =
+        round * stride + static_cast<int64_t>(blockIdx.x) * kQuads + threadIdx.x / kQuad;
     const bool is_row = row < work.x.n;
     const E* const x = row_of<E>(work.x, is_row ? row : 0);
     const int64_t d = is_row ? work.x.d : 0;
@@ -63,7 +64,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class E>
-__global__ void __launch_bounds__(kThreads) center_sqdist_kernel(const CenterSqdist __grid_constant__ work) {
+__global__ void __launch_bounds__(kThreads)
+    center_sqdist_kernel(const CenterSqdist __grid_constant__ work) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kQuads + threadIdx.x / kQuad;
   const bool is_row = row < work.x.n;
   const E* const x = row_of<E>(work.x, is_row ? row : 0);
@@ -75,8 +77,7 @@ __global__ void __launch_bounds__(kThreads) center_sqdist_kernel(const CenterSqd
 }  // namespace
 
 cudaError_t step_center(const CenterStep& work, cudaStream_t stream) {
-  const int64_t blocks =
-      std::clamp<int64_t>((work.x.n + kQuads - 1) / kQuads, 1, kFarthestParts);
+  const int64_t blocks = std::clamp<int64_t>((work.x.n + kQuads - 1) / kQuads, 1, kFarthestParts);
   const cudaError_t status = with_type(work.x.dtype, [&](auto type) {
     using E = typename decltype(type)::type;
     return launch(step_center_kernel<E>, blocks, stream, work);

@@ -66,8 +66,8 @@ cudaError_t launch_with(int shared_bytes,
   const void* const function = reinterpret_cast<const void*>(kernel);
   // More than 48 KB have to be asked for; the answer may differ from device to device.
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t status = cudaFuncSetAttribute(
-        function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t status =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (status != cudaSuccess) return status;
   }
   n_launches += 1;

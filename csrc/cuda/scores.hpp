@@ -50,8 +50,8 @@ __device__ __forceinline__ void add_blocks(const X* x, const Y* y, double (&sums
   }
 }
 
-// The sum of products, or of squared differences, of two rows: every thread of the quad gets it. All
-// threads of the warp have to call, those without a pair with d = 0.
+// The sum of products, or of squared differences, of two rows: every thread of the quad gets it.
+// All threads of the warp have to call, those without a pair with d = 0.
 template <bool kIsProduct, class X, class Y>
 __device__ __forceinline__ double sum_terms(const X* x, const Y* y, int64_t d) {
   constexpr int kInFlight = 4;
@@ -82,8 +82,8 @@ __device__ __forceinline__ double cosine_distance(double product, double xx, dou
   if (xx == 0 || yy == 0) return 1;
   const double square = xx * yy;
   const bool is_normal = square > 1e-280 && square < 1e280;
-  const double norms = is_normal ? Math<double>::sqrt(square)
-                                 : Math<double>::sqrt(xx) * Math<double>::sqrt(yy);
+  const double norms =
+      is_normal ? Math<double>::sqrt(square) : Math<double>::sqrt(xx) * Math<double>::sqrt(yy);
   const double cosine = product / norms;
   return 1 - (cosine < -1 ? -1 : cosine > 1 ? 1 : cosine);
 }

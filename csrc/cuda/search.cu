@@ -110,7 +110,8 @@ __device__ __forceinline__ int place_of(int row, int chunk) {
   return row * kRowBytes + ((chunk ^ (row >> 1 & 3)) << 4);
 }
 
-// Asks for elements k to k + kTileDepth of kRows rows. Zeros are what lies beyond the rows, and beyond d.
+// Asks for elements k to k + kTileDepth of kRows rows. Zeros are what lies beyond the rows, and
+// beyond d.
 template <int kRows>
 __device__ __forceinline__ void ask_for(
     char* to, const void* from, int64_t stride, int64_t first, int64_t end, int64_t k, int64_t d) {
@@ -259,10 +260,15 @@ struct Pipeline {
       for (int p = 0; p < kParts; ++p) {
         const void* const x = p ? work.x.low : work.x.high;
         const void* const y = p ? work.y.low : work.y.high;
-        ask_for<kTileRows>(stage + p * kTileRows * kRowBytes,
-                           x, work.x.stride, first_row, work.x.n, k, work.d);
+        ask_for<kTileRows>(
+            stage + p * kTileRows * kRowBytes, x, work.x.stride, first_row, work.x.n, k, work.d);
         ask_for<kTileColumns>(stage + (kParts * kTileRows + p * kTileColumns) * kRowBytes,
-                              y, work.y.stride, column, work.y.n, k, work.d);
+                              y,
+                              work.y.stride,
+                              column,
+                              work.y.n,
+                              k,
+                              work.d);
       }
     }
     commit_copies();  // a group for every step, so that they can be counted
@@ -300,8 +306,7 @@ __device__ __forceinline__ Pipeline<E, kParts> pipeline_of(const Filter& work, c
 }
 
 template <class E, int kParts>
-__global__ void __launch_bounds__(kThreads)
-    nearest_kernel(const Filter __grid_constant__ work) {
+__global__ void __launch_bounds__(kThreads) nearest_kernel(const Filter __grid_constant__ work) {
   PYOPTIM_DYNAMIC_SHARED(char, shared, kFilterBytes);
   const auto pipeline = pipeline_of<E, kParts>(work, shared);
   Least least[4];
@@ -326,8 +331,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class E, int kParts>
-__global__ void __launch_bounds__(kThreads)
-    values_kernel(const Filter __grid_constant__ work) {
+__global__ void __launch_bounds__(kThreads) values_kernel(const Filter __grid_constant__ work) {
   PYOPTIM_DYNAMIC_SHARED(char, shared, kFilterBytes);
   const auto pipeline = pipeline_of<E, kParts>(work, shared);
   pipeline.run([&](const Accumulators& products, int64_t column) {

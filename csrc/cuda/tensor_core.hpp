@@ -14,7 +14,8 @@ namespace {
 // 16-bit elements that are multiplied: E is Bf16 or F16.
 //
 // A thread's part of a 16 x 16 matrix a, of a 16 x 8 matrix b and of a 16 x 8 matrix c, with g =
-// lane / 4 and t = lane % 4 (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type"):
+// lane / 4 and t = lane % 4 (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point
+// type"):
 //
 //     a[0], a[1], a[2], a[3]: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8), and the columns
 //     after; b[0], b[1]: (2t, g), (2t + 8, g), and the rows after; c: (g, 2t), (g, 2t + 1),
@@ -92,8 +93,8 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
 // Four 8 x 8 matrices: thread l gives the address of row l % 8 of matrix l / 8, and gets of each
 // the elements 2 (l % 4) and the one after of row l / 4.
 inline void load_matrices(uint32_t (&to)[4], const void* row) {
-  const uint64_t* const rows = emulator::meet_warp(
-      PYOPTIM_PLACE("ldmatrix"), ~0u, reinterpret_cast<uint64_t>(row));
+  const uint64_t* const rows =
+      emulator::meet_warp(PYOPTIM_PLACE("ldmatrix"), ~0u, reinterpret_cast<uint64_t>(row));
   const unsigned lane = threadIdx.x % 32;
   for (unsigned m = 0; m < 4; ++m) {
     const char* const at = reinterpret_cast<const char*>(rows[8 * m + lane / 4]);
@@ -148,12 +149,13 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row
 
 // Asks for 16 bytes of shared memory: n from device memory, zeros behind them.
 __device__ __forceinline__ void copy_async(void* to, const void* from, int n) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
-               "l"(from),
-               "r"(n)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(n)
+      : "memory");
 }
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 template <int kGroupsLeft>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");

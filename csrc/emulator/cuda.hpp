@@ -59,8 +59,8 @@ void meet_block(Place place);
 const uint64_t* meet_warp(Place place, uint32_t mask, uint64_t value);
 unsigned lane();
 
-// Copies that a thread has asked for arrive when it waits for them, and not before: until then their
-// place holds NaN.
+// Copies that a thread has asked for arrive when it waits for them, and not before: until then
+// their place holds NaN.
 void copy_later(void* to, const void* from, int n, int size);
 void commit_copies();
 void wait_for_copies(int n_groups_left);

@@ -27,9 +27,10 @@ T* memory(const py::object& tensor, int64_t n, const Device& device, const char*
   if (tensor.is_none()) return nullptr;
   check_is_tensor(tensor.ptr(), name);
   const bool is_cpu = py::cast<bool>(tensor.attr("is_cpu"));
-  const bool is_here = gpu::api().is_emulated
-                           ? is_cpu
-                           : !is_cpu && py::cast<int32_t>(tensor.attr("get_device")()) == device.first;
+  const bool is_here =
+      gpu::api().is_emulated
+          ? is_cpu
+          : !is_cpu && py::cast<int32_t>(tensor.attr("get_device")()) == device.first;
   const bool fits = is_here && py::cast<bool>(tensor.attr("is_contiguous")()) &&
                     py::cast<int64_t>(tensor.attr("nbytes")) >= n * static_cast<int64_t>(sizeof(T));
   if (!fits) {
@@ -91,16 +92,16 @@ inline void pack(const py::object& x,
   if (low.is_none() && item_size(from.dtype) != 2)
     throw py::value_error("pack: only 16-bit rows can stay whole");
   gpu::check(gpu::api().pack_rows(gpu_queue(device),
-                             {from,
-                              metric_of(metric),
-                              !low.is_none(),
-                              memory<gpu::About>(about, 1, device, "about"),
-                              memory<double>(center, from.d, device, "center"),
-                              width,
-                              memory<uint16_t>(high, from.n * width, device, "high"),
-                              memory<uint16_t>(low, from.n * width, device, "low"),
-                              memory<double>(norms, from.n, device, "norms"),
-                              memory<float>(half_norms, from.n, device, "half_norms")}));
+                                  {from,
+                                   metric_of(metric),
+                                   !low.is_none(),
+                                   memory<gpu::About>(about, 1, device, "about"),
+                                   memory<double>(center, from.d, device, "center"),
+                                   width,
+                                   memory<uint16_t>(high, from.n * width, device, "high"),
+                                   memory<uint16_t>(low, from.n * width, device, "low"),
+                                   memory<double>(norms, from.n, device, "norms"),
+                                   memory<float>(half_norms, from.n, device, "half_norms")}));
 }
 
 // Packed rows, one matrix of 16-bit elements for each part.
@@ -234,11 +235,12 @@ inline void center_sqdist(const py::object& x,
                           const Device& device) {
   const gpu::Matrix rows = matrix(x, py::none(), device, "x");
   const int64_t n_classes = py::cast<int64_t>(centers.attr("shape")[py::int_(0)]);
-  gpu::check(gpu::api().center_sqdist(gpu_queue(device),
-                                      {rows,
-                                       memory<int64_t>(labels, rows.n, device, "labels"),
-                                       memory<double>(centers, n_classes * rows.d, device, "centers"),
-                                       memory<double>(out, rows.n, device, "out")}));
+  gpu::check(
+      gpu::api().center_sqdist(gpu_queue(device),
+                               {rows,
+                                memory<int64_t>(labels, rows.n, device, "labels"),
+                                memory<double>(centers, n_classes * rows.d, device, "centers"),
+                                memory<double>(out, rows.n, device, "out")}));
 }
 
 inline void bind(py::module_& m) {

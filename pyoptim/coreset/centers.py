@@ -43,10 +43,13 @@ class CenterDistances:
         for _ in range(budget - 1):
             farthest, _ = distances.add(farthest)
 
+    On a GPU too a step is one read of the features. The host waits once, for its result.
+
     Args:
         x: features [n, d]: float32, float64, bfloat16 or float16 tensor or numpy array, which must
             not change while this object is in use. Copied once if its rows are not dense.
-        backend: "auto", "cpu" or "reference"; None is what `pyoptim.use_backend` chose.
+        backend: "auto", "cpu", "cuda", "triton" or "reference"; None is what
+            `pyoptim.use_backend` chose.
 
     Attributes:
         sqdist: [n] float64, squared distances to the nearest centre; infinite before the first.
@@ -177,6 +180,8 @@ def class_medians(
     By selection, exact: of an even number of rows the mean of the two middle values, as numpy's
     median (torch's takes the lower one). These are the class centres of the moderate coreset (Xia
     et al., ICLR 2023, section 3).
+
+    On a GPU by torch.sort of a block of columns of one class at a time.
 
     Args:
         x: features [n, d]: float32, float64, bfloat16 or float16 tensor or numpy array.

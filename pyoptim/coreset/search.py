@@ -327,13 +327,15 @@ class _Search:
         slack = product * norms * reach + square * reach.square() + tiny * (1 + norms + reach)
         slack = slack + whole * (norms + reach + center_norm).square()
         is_filtered = (norms < HUGE_NORM) & (mode == 0)
-        return is_filtered & (values[:, -1] > values[:, k - 1] + slack)
+        is_certain: Tensor = is_filtered & (values[:, -1] > values[:, k - 1] + slack)
+        return is_certain
 
 
 def open_rows(is_open: Tensor, m: int) -> list[Tensor]:
     """The rows that the filter left open, so many at a time as can be scored at once."""
     rows = is_open.nonzero().squeeze(1)
-    return list(rows.split(max(1, SETTLED_PAIRS // max(1, m)))) if len(rows) else []
+    parts = spans(len(rows), SETTLED_PAIRS // max(1, m)) if len(rows) else ()
+    return [rows[part] for part in parts]
 
 
 def merge(found: Tensor, columns: Tensor, scores: Tensor, indices: Tensor, at: Any) -> None:
