@@ -112,7 +112,10 @@ def nearest(
         _score_all(engine, (x, x_rows), (y, y_rows), k, metric, first_index, scores, indices)
         return -1, -1
     width = _width(x.shape[1])
-    for part in spans(m, max(TILE_COLUMNS, Y_BYTES // (4 * width))):
+    block = max(TILE_COLUMNS, Y_BYTES // (4 * width))
+    if k > 1:  # so that the values of a whole tile of rows can be stored
+        block = min(block, VALUES // TILE_ROWS)
+    for part in spans(m, block):
         y_part, y_part_rows, first = _part(y, y_rows, part)
         search = _Search(engine, (x, x_rows), (y_part, y_part_rows), metric)
         bad = search.run(k, first_index + first, scores, indices)
