@@ -14,7 +14,14 @@ from searches import HARD, normal
 from torch import Tensor
 
 from pyoptim import backend
-from pyoptim.coreset import CenterDistances, center_distances, class_medians, nearest, search
+from pyoptim.coreset import (
+    CenterDistances,
+    center_distances,
+    certificate,
+    class_medians,
+    nearest,
+    search,
+)
 from pyoptim.coreset.engines import CudaEngine
 
 pytestmark = pytest.mark.native
@@ -164,6 +171,36 @@ def settled(x: Tensor, y: Tensor) -> float:
         *(0, scores, indices),
     )
     return float(is_settled.double().mean())
+
+
+def share_of_bound(x: Tensor, y: Tensor) -> float:
+    """The largest error of a value of the filter over what the certificate allows for it."""
+    engine, d = CudaEngine(x.device), x.shape[1]
+    found = search._Search(engine, (x, None), (y, None), search.SQDIST)
+    packed = found._pack(x, None)
+    values = engine.values(packed, found.packed, d, 1).double()
+    center = 0.0 if found.center is None else found.center
+    a, b = (t.double() * found.about[0] - center for t in (x, y))
+    exact = b.square().sum(1) / 2 - a @ b.T
+    product, square, _, tiny = found.slack
+    norms = packed.norms[:, None], found.packed.norms
+    slack = product * norms[0] * norms[1] + square * norms[1] ** 2 + tiny
+    return float(((values - exact).abs() / (slack / 2)).max())
+
+
+def test_errors_of_the_filter_stay_within_the_bound_and_near_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A bound without one of its parts would be too small for data that is worst for the part."""
+    d = 512
+    x, y = torch.full((3, d), 2.0**-12), torch.full((4, d), 1.9 * 2.0**-13)
+    x[:, 0] = y[:, 0] = 1.0  # every product but the first is below the last bit of the sum
+    assert 0.1 <= share_of_bound(x.bfloat16(), y.bfloat16()) <= 1
+    assert share_of_bound(normal(9, 70, 1), normal(9, 70, 2)) <= 1
+    # Sums without a rounding, so that only the parts left out are lost.
+    monkeypatch.setattr(certificate, "_SIXTEEN_PRODUCTS", 0.0)
+    v = torch.full((1, 2), 1 + 0.99 * 2.0**-9)
+    assert 0.2 <= share_of_bound(v, torch.cat([v, -v])) <= 1
 
 
 def test_the_filter_settles_nearly_everything() -> None:
