@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "python/coreset.hpp"
+#include "python/coreset_gpu.hpp"
 #include "python/gpu.hpp"
 #include "python/plan.hpp"
 #include "python/reduce.hpp"
@@ -224,6 +225,7 @@ PYBIND11_MODULE(_C, m) {
       "float32 bit patterns in [first, last] whose vector square root is not correctly rounded");
   m.def("num_threads", &cpu::num_threads);
   coreset_python::bind(m);
+  coreset_gpu::bind(m);
   reduce_python::bind(m);
   m.def("load_cuda", &gpu::load, py::arg("path"), "why the engine cannot be used, or nothing");
   m.def("cuda_is_loaded", [] { return gpu::loaded_api() != nullptr; });

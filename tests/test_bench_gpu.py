@@ -28,6 +28,7 @@ cpu_runner = import_module(f"{PACKAGE}.runner")
 workloads = import_module(f"{PACKAGE}.workloads")
 traffic = import_module(f"{PACKAGE}.bytes")
 asynchronous = import_module(f"{PACKAGE}.gpu.asynchronous")
+neighbours = import_module(f"{PACKAGE}.gpu.coreset")
 compare = import_module(f"{PACKAGE}.gpu.compare")
 devices = import_module(f"{PACKAGE}.gpu.device")
 gpu_goals = import_module(f"{PACKAGE}.gpu.goals")
@@ -740,6 +741,40 @@ def run_script(script, *arguments, **more):
     return subprocess.run(
         ["bash", str(script), *arguments], capture_output=True, text=True, env=env, timeout=60
     )
+
+
+# -- nearest neighbours ----------------------------------------------------------------------------
+
+
+def test_searches_are_measured_beside_each_other(monkeypatch):
+    monkeypatch.setattr(neighbours.torch, "mm", lambda a, b: None)  # bfloat16 is slow here
+    case = neighbours.Case.parse("40x30x8", "float32")
+    methods = ["pyoptim-cpu", "addmm+argmin", "flash-kmeans"]
+    rows = neighbours.measure(case, methods, 2, HostDevice())
+    assert [row["method"] for row in rows] == methods
+    ours, theirs, absent = rows
+    assert ours["wrong"] == theirs["wrong"] == 0
+    assert ours["speedup_over"].keys() == {"addmm+argmin"}
+    assert ours["share_of_limit"]["median"] > 0
+    assert "flash_kmeans" in absent["reason"]
+    steps = neighbours.measure_steps(case, ("cpu", "cuda"), 2, HostDevice())
+    assert steps[0]["share_of_copy"]["median"] > 0
+    assert "BackendError" in steps[1]["reason"]
+    assert len(neighbours.table(rows + steps).splitlines()) == 2 + 5
+
+
+def test_goals_of_searches_that_are_not_met_are_named():
+    shape = {"n": 9, "m": 9, "d": 256, "dtype": "float32", "seconds": {}}
+    good = {"median": 0.7}
+    ours = {"method": "pyoptim-cuda", **shape, "wrong": 0, "share_of_limit": good}
+    assert neighbours.unmet_goals([ours | {"speedup_over": {"cdist+argmin": {"median": 2}}}]) == []
+    bad = ours | {"wrong": 1, "share_of_limit": {"median": 0.5}}
+    bad["speedup_over"] = {"cdist+argmin": {"median": 0.5}, "pyoptim-triton": {"median": 0.5}}
+    assert len(neighbours.unmet_goals([bad])) == 3
+    assert len(neighbours.unmet_goals([bad | {"d": 64}])) == 2
+    step = {"method": "k-center step, cuda", **shape, "share_of_copy": {"median": 0.5}}
+    assert len(neighbours.unmet_goals([step])) == 1
+    assert neighbours.unmet_goals([{**shape, "method": "x", "reason": "no"}]) == []
 
 
 @needs_bash

@@ -32,6 +32,13 @@ PARAMETER_BYTES = 32764
 # Of the 65,536 registers of a multiprocessor, 80 leave room for three blocks of 256 threads: some
 # load while others compute. 128 leave room for two, which is the least.
 REGISTERS, MOST_REGISTERS = 80, 128
+# Of the filters one block has a multiprocessor to itself: its accumulators are 128 of the 255.
+FILTER_REGISTERS = 255
+FILTERS = {
+    f"{kind}_kernel<{element}, {parts}>"
+    for kind in ("nearest", "values")
+    for element, parts in (("Bf16", 1), ("F16", 1), ("Bf16", 2))
+}
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / "setup.py").exists(), reason="the source tree is not here: setup.py is missing"
@@ -246,6 +253,7 @@ def needs_too_many_registers(kernel: Kernel) -> str | None:
     instance = Instance.of(kernel)
     is_lean = instance is not None and instance.state == "float"
     most = REGISTERS if is_lean else MOST_REGISTERS
+    most = FILTER_REGISTERS if kernel.name in FILTERS else most
     return f"{kernel.registers} registers, not {most}" if kernel.registers > most else None
 
 
@@ -299,6 +307,26 @@ def projects_too_narrowly(kernel: Kernel) -> str | None:
         f"{seen} {name} of {bits} bits for {n} arrays"
         for name, bits, n in wanted
         if (seen := kernel.count(rf"{name}\.E(\..*)?\.{bits}(\..*)?")) < n
+    ]
+    return ", ".join(missing) or None
+
+
+def multiplies_too_slowly(kernel: Kernel) -> str | None:
+    """Wants of a filter the products of 32 x 128 elements of a warp, 32 instructions for 16 of them
+    each, on tensor cores, twice per stage and three times with two parts; matrices by ldmatrix
+    and copies of 16 bytes that go on beside them."""
+    if kernel.name not in FILTERS:
+        return None
+    parts = 2 if kernel.name.endswith("2>") else 1
+    wanted = {
+        "HMMA": (r"HMMA\.16816\.F32(\.BF16)?", 64 * (3 if parts == 2 else 1)),
+        "LDSM": (r"LDSM\.16\.M88\.4", 2 * 10 * parts),
+        "LDGSTS": (r"LDGSTS\.E\.BYPASS(\.LTC128B)?\.128(\.ZFILL)?", 6 * parts),
+    }
+    missing = [
+        f"{found} {name}, not {least}"
+        for name, (pattern, least) in wanted.items()
+        if (found := kernel.count(pattern)) < least
     ]
     return ", ".join(missing) or None
 
@@ -421,6 +449,25 @@ def test_kernels_for_every_dtype_move_sixteen_bytes_at_once(
     assert all(kernel.count(instruction) >= 4 for kernel in found), found
 
 
+def test_filters_multiply_on_tensor_cores(kernels: list[Kernel], archs: list[str]) -> None:
+    found = [kernel for kernel in kernels if kernel.name in FILTERS]
+    assert len(found) == len(FILTERS) * len(archs)
+    assert faults(found, multiplies_too_slowly) == []
+
+
+@pytest.mark.parametrize("name", ["step_center_kernel", "center_sqdist_kernel", "squares_kernel"])
+def test_kernels_that_read_features_move_sixteen_bytes_at_once(
+    kernels: list[Kernel], name: str
+) -> None:
+    """Four elements: 16 bytes of float32, twice that of float64, 8 of the half types."""
+    found = [kernel for kernel in kernels if kernel.name.startswith(name)]
+    assert {kernel.name for kernel in found} == {f"{name}<{element}>" for element in ITEM_SIZES}
+    for kernel in found:
+        bits = 64 if "16" in kernel.name else 128
+        # Four blocks in flight.
+        assert kernel.count(rf"LDG\.E(\..*)?\.{bits}(\..*)?") >= 4, kernel
+
+
 def test_no_kernel_uses_atomics(kernels: list[Kernel]) -> None:
     """Their order would change from run to run, and the sums with it."""
     assert faults(kernels, uses_atomics) == []
@@ -539,6 +586,13 @@ template <class P>
 __global__ void check_kernel(const P* p, const P* g, double* y) { y[0] = p[0] * (1.0 + g[0]); }
 template __global__ void check_kernel<float>(const float*, const float*, double*);
 
+// Products without tensor cores.
+template <class E, int kParts>
+__global__ void nearest_kernel(float* x) {
+  for (int k = 0; k < 64; ++k) x[threadIdx.x] += x[256 + k] * x[512 + k];
+}
+template __global__ void nearest_kernel<Bf16, 1>(float*);
+
 __global__ void contracts(float* x) { x[0] = x[1] * x[2] + x[3]; }
 __global__ void contracts_double(double* x) { x[0] = x[1] * x[2] + x[3]; }
 __global__ void divides_roughly(float* x) { x[0] = __fdividef(x[1], x[2]); }
@@ -576,6 +630,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (projects_too_narrowly, {"check_kernel<float>"}),
         (has_fused_multiply_adds, {"contracts"}),
+        (multiplies_too_slowly, {"nearest_kernel<Bf16, 1>"}),
     ],
 )
 def test_check_of_machine_code_finds_the_planted_fault(

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/table.hpp"
+#include "coreset/bound.hpp"
 #include "reduce/order.hpp"
 #include "rules/all.hpp"
 
@@ -126,6 +127,127 @@ struct RowSums {
   double* sums;  // device memory, [n_rows][3]
 };
 
+// -- nearest rows and centres: docs/coreset-kernels.md tells how they work together ---------------
+
+using coreset::Metric;
+
+// Rows of a matrix in device memory: all of them, or those listed. Scores are those of
+// coreset/kernels.hpp, bit for bit.
+struct Matrix {
+  const void* data;
+  DType dtype;
+  int64_t stride;       // elements between rows; the elements of a row lie side by side
+  const int64_t* rows;  // device memory, [n]; or null: 0, 1, ...
+  int64_t n, d;
+};
+
+// squares[i] = row i . row i.
+struct Squares {
+  Matrix x;
+  double* squares;  // device memory, [n]
+};
+
+// What all rows of y tell about a search. It stays on the device, because nobody waits for it.
+struct About {
+  double scale;        // a power of two
+  double largest;      // norm of a packed row of y
+  double center_norm;  // |center|
+  double mode;         // 0: filter; 1: score every pair; 2: do nothing, there is a NaN
+};
+
+// Rows as the filter multiplies them: X = scale * x - center, of unit length where the metric is
+// cosine, each element as the sum of two of bfloat16. Or, if they are not split, 16-bit rows as
+// they are.
+struct PackRows {
+  Matrix x;
+  Metric metric;
+  bool splits;
+  const About* about;    // device memory
+  const double* center;  // device memory, [d]; or null: zeros
+  int64_t width;         // elements of a packed row: d and then zeros, a multiple of 8
+  uint16_t* high;        // device memory, [n][width]; or null: only norms are wanted
+  uint16_t* low;         // the same, if the rows are split
+  double* norms;         // device memory, [n]; infinite for a row that cannot be filtered
+  float* half_norms;     // device memory, [n], |X|^2 / 2 for sqdist, else 0; or null
+};
+
+// Packed rows, or 16-bit rows that lie on 16 bytes.
+struct Operand {
+  const void* high;
+  const void* low;  // null if they are not split
+  int64_t stride, n;
+};
+
+// Of all columns j, values v_j = half_norms[j] - x . y_j. The columns are dealt to n_parts blocks.
+struct Filter {
+  Operand x, y;
+  int64_t d;
+  bool is_half;             // elements are float16, not bfloat16
+  const float* half_norms;  // device memory, [y.n]
+  int64_t n_parts;
+  float* least;      // device memory, [n_parts][3][x.n]: the three smallest; or null
+  int32_t* columns;  // device memory, [n_parts][2][x.n]: of the two smallest, -1 where none is
+  float* values;     // device memory, [x.n][y.n], instead of the two; or null
+};
+
+// What a value of the filter may be above another's whose score is not better, for a row of norm a
+// and columns of norms up to b: products a b + squares b^2 + whole (a + b + |center|)^2 + tiny (1 +
+// a + b). Derived in pyoptim/coreset/certificate.py.
+struct Slack {
+  double products, squares, whole, tiny;
+};
+
+// The best column of every row: what the filter leaves over is scored.
+struct Certify {
+  Matrix x, y;
+  Metric metric;
+  Slack slack;
+  const About* about;      // device memory
+  const double* norms;     // device memory, [x.n], of packed rows
+  int64_t n_parts;         // of the filter
+  const float* least;      // of the filter
+  const int32_t* columns;  // of the filter
+  int64_t first_index;     // of row 0 of y's matrix
+  double* scores;       // device memory, [rows of x's matrix], updated where a better one is found
+  int64_t* indices;     // the same; -1 where there is none
+  uint8_t* is_settled;  // device memory, [x.n]: whether every pair was scored; or null
+};
+
+// scores[i][c] = the score of row i of x and row columns[i][c] of y, or row c.
+struct Scores {
+  Matrix x, y;
+  Metric metric;
+  const int64_t* columns;  // device memory, [x.n][k]; or null
+  int64_t k;
+  double* scores;  // device memory, [x.n][k]
+};
+
+// A row, -1 where there is none.
+struct Farthest {
+  double sqdist;
+  int64_t row;
+  int64_t nan_row;  // the first whose distance is no number
+};
+
+// min_sqdist = min(min_sqdist, squared distance to the centre), and where that is largest.
+struct CenterStep {
+  Matrix x;
+  const double* center;    // device memory, [d]; or null:
+  const Farthest* former;  // device memory, [1]: a row that is the centre. None: nothing happens
+  double* min_sqdist;      // device memory, [n]
+  Farthest* partials;      // device memory, [kFarthestParts]
+  Farthest* found;         // device memory, [1]; may be former
+};
+constexpr int64_t kFarthestParts = 2048;
+
+// out[i] = squared distance of row i to centers[labels[i]].
+struct CenterSqdist {
+  Matrix x;
+  const int64_t* labels;  // device memory, [n]
+  const double* centers;  // device memory, [classes][d]
+  double* out;            // device memory, [n]
+};
+
 // Functions return null, or a message that stays valid until the thread's next call.
 struct Api {
   int32_t version;
@@ -141,6 +263,13 @@ struct Api {
   const char* (*clip)(const Queue&, const Clip&);
   const char* (*scale)(const Queue&, const Scale&);
   const char* (*row_sums)(const Queue&, const RowSums&);
+  const char* (*squares)(const Queue&, const Squares&);
+  const char* (*pack_rows)(const Queue&, const PackRows&);
+  const char* (*filter)(const Queue&, const Filter&);
+  const char* (*certify)(const Queue&, const Certify&);
+  const char* (*scores)(const Queue&, const Scores&);
+  const char* (*step_center)(const Queue&, const CenterStep&);
+  const char* (*center_sqdist)(const Queue&, const CenterSqdist&);
   // Sets what the engine chooses by default, for measurements: elements per block of an update (0:
   // by the size of the step), tensors per launch (0: as many as the table holds).
   void (*tune)(int64_t chunk, int64_t rows_per_launch);

@@ -11,6 +11,9 @@
 #else
 #include <cuda_runtime.h>
 #define PYOPTIM_SHARED(T, name, n) __shared__ T name[n]
+// As many bytes as the launch asks for, n elements; one for a kernel.
+#define PYOPTIM_DYNAMIC_SHARED(T, name, n) extern __shared__ __align__(16) T name[]
+#define PYOPTIM_NOINLINE __noinline__
 #endif
 
 namespace pyoptim::gpu {
@@ -40,22 +43,49 @@ cudaError_t launch(void (*kernel)(P...),
   return emulator::run(n_blocks, kThreads, stream, [&] { kernel(parameters...); });
 }
 
+// With dynamic shared memory.
+template <class... P>
+cudaError_t launch_with(int shared_bytes,
+                        void (*kernel)(P...),
+                        int64_t n_blocks,
+                        cudaStream_t stream,
+                        const std::remove_reference_t<P>&... parameters) {
+  (void)shared_bytes;
+  return launch(kernel, n_blocks, stream, parameters...);
+}
+
 #else
 
 // cudaLaunchKernel takes the parameters where they are; <<<>>> would copy a table once more.
+template <class... P>
+cudaError_t launch_with(int shared_bytes,
+                        void (*kernel)(P...),
+                        int64_t n_blocks,
+                        cudaStream_t stream,
+                        const std::remove_reference_t<P>&... parameters) {
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  // More than 48 KB have to be asked for; the answer may differ from device to device.
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (status != cudaSuccess) return status;
+  }
+  n_launches += 1;
+  void* addresses[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
+  return cudaLaunchKernel(function,
+                          dim3(static_cast<unsigned>(n_blocks)),
+                          dim3(kThreads),
+                          addresses,
+                          static_cast<size_t>(shared_bytes),
+                          stream);
+}
+
 template <class... P>
 cudaError_t launch(void (*kernel)(P...),
                    int64_t n_blocks,
                    cudaStream_t stream,
                    const std::remove_reference_t<P>&... parameters) {
-  n_launches += 1;
-  void* addresses[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel),
-                          dim3(static_cast<unsigned>(n_blocks)),
-                          dim3(kThreads),
-                          addresses,
-                          0,
-                          stream);
+  return launch_with(0, kernel, n_blocks, stream, parameters...);
 }
 
 #endif

@@ -181,6 +181,13 @@ const char* run_row_sums(const Queue& queue, const RowSums& work) {
   return guarded("row_sums", nullptr, queue, [&](cudaStream_t s) { return row_sums(work, s); });
 }
 
+// The functions of what knows neither rules nor tables.
+template <class Work, cudaError_t (*kFunction)(const Work&, cudaStream_t)>
+const char* run(const Queue& queue, const Work& work) {
+  constexpr const char* kWhat = "a search for neighbours or centres";
+  return guarded(kWhat, nullptr, queue, [&](cudaStream_t s) { return kFunction(work, s); });
+}
+
 void tune(int64_t chunk, int64_t rows_per_launch) {
   asked_chunk = std::max<int64_t>(chunk, 0);
   asked_rows = std::max<int64_t>(rows_per_launch, 0);
@@ -203,6 +210,13 @@ constexpr Api kApi = {kApiVersion,
                       run_clip,
                       run_scale,
                       run_row_sums,
+                      run<Squares, squares>,
+                      run<PackRows, pack_rows>,
+                      run<Filter, filter>,
+                      run<Certify, certify>,
+                      run<Scores, scores>,
+                      run<CenterStep, step_center>,
+                      run<CenterSqdist, center_sqdist>,
                       tune,
                       [] { return n_launches.load(); }};
 

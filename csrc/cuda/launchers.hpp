@@ -54,6 +54,29 @@ class Slots {
 // More blocks than this are too many for one launch.
 constexpr int64_t kMaxBlocks = 0x7fffffff;
 
+template <class T>
+struct TypeOf {
+  using type = T;
+};
+
+// Calls body(TypeOf<E>()) with the elements' type.
+template <class Body>
+cudaError_t with_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::f64:
+      return body(TypeOf<double>());
+    case DType::f32:
+      return body(TypeOf<float>());
+    case DType::bf16:
+      return body(TypeOf<Bf16>());
+    case DType::f16:
+      return body(TypeOf<F16>());
+    case DType::unsupported:
+      break;
+  }
+  return cudaErrorInvalidValue;
+}
+
 #define PYOPTIM_DECLARE(Rule)                             \
   cudaError_t update_##Rule(const Update&, cudaStream_t); \
   cudaError_t prepare_##Rule(const Prepare&, cudaStream_t);
@@ -65,6 +88,13 @@ cudaError_t norms(const Norms&, cudaStream_t);
 cudaError_t clip(const Clip&, cudaStream_t);
 cudaError_t scale(const Scale&, cudaStream_t);
 cudaError_t row_sums(const RowSums&, cudaStream_t);
+cudaError_t squares(const Squares&, cudaStream_t);
+cudaError_t pack_rows(const PackRows&, cudaStream_t);
+cudaError_t filter(const Filter&, cudaStream_t);
+cudaError_t certify(const Certify&, cudaStream_t);
+cudaError_t scores(const Scores&, cudaStream_t);
+cudaError_t step_center(const CenterStep&, cudaStream_t);
+cudaError_t center_sqdist(const CenterSqdist&, cudaStream_t);
 // Unscales the gradients of an update by its factors; they are written.
 cudaError_t unscale(const Update&, cudaStream_t);
 

@@ -16,6 +16,8 @@
 #define PYOPTIM_SHARED(T, name, n)   \
   static const char name##_site = 0; \
   T* const name = static_cast<T*>(pyoptim::gpu::emulator::shared(&name##_site, sizeof(T) * (n)))
+#define PYOPTIM_DYNAMIC_SHARED(T, name, n) PYOPTIM_SHARED(T, name, n)
+#define PYOPTIM_NOINLINE inline
 
 enum cudaError_t : int {
   cudaSuccess = 0,
@@ -56,6 +58,12 @@ void meet_block(Place place);
 // Returns the values of the warp's 32 threads once all of `mask` have come.
 const uint64_t* meet_warp(Place place, uint32_t mask, uint64_t value);
 unsigned lane();
+
+// Copies that a thread has asked for arrive when it waits for them, and not before: until then
+// their place holds NaN.
+void copy_later(void* to, const void* from, int n, int size);
+void commit_copies();
+void wait_for_copies(int n_groups_left);
 
 template <class T>
 uint64_t to_bits(T x) {

@@ -26,6 +26,13 @@ enum class State { fresh, running, waiting, ended };
 
 struct Fiber;
 
+struct Copy {
+  void* to;
+  const void* from;
+  int n, size;  // bytes read, and written: zeros behind them
+  int group;
+};
+
 struct Thread {
   State state = State::fresh;
   Place place = {};
@@ -33,6 +40,8 @@ struct Thread {
   uint64_t value = 0;
   uint64_t received[kWarpThreads];
   Fiber* fiber = nullptr;
+  std::vector<Copy> copies;
+  int n_groups = 0;
 };
 
 struct Fiber {
@@ -110,6 +119,26 @@ class Machine {
     if (complete) exchange(mask, first);
     if (!complete) pause();
     return threads_[current()].received;
+  }
+
+  void copy_later(void* to, const void* from, int n, int size) {
+    std::memset(to, 0xff, static_cast<size_t>(size));
+    Thread& thread = threads_[current()];
+    thread.copies.push_back({to, from, n, size, thread.n_groups});
+  }
+
+  void commit_copies() { ++threads_[current()].n_groups; }
+
+  void wait_for_copies(int n_groups_left) {
+    Thread& thread = threads_[current()];
+    const auto is_late = [&](const Copy& c) { return c.group >= thread.n_groups - n_groups_left; };
+    for (const Copy& copy : thread.copies) {
+      if (is_late(copy)) continue;
+      std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.n));
+      std::memset(static_cast<char*>(copy.to) + copy.n, 0, static_cast<size_t>(copy.size - copy.n));
+    }
+    const auto done = std::stable_partition(thread.copies.begin(), thread.copies.end(), is_late);
+    thread.copies.erase(done, thread.copies.end());
   }
 
   unsigned current() const { return running_->thread; }
@@ -310,6 +339,11 @@ const uint64_t* meet_warp(Place place, uint32_t mask, uint64_t value) {
   return device().machine.meet_warp(place, mask, value);
 }
 unsigned lane() { return threadIdx.x % kWarpThreads; }
+void copy_later(void* to, const void* from, int n, int size) {
+  device().machine.copy_later(to, from, n, size);
+}
+void commit_copies() { device().machine.commit_copies(); }
+void wait_for_copies(int n_groups_left) { device().machine.wait_for_copies(n_groups_left); }
 
 }  // namespace pyoptim::gpu::emulator
 

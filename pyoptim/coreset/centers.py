@@ -6,12 +6,14 @@ Distances are float64 sums of squared differences of the given values, in one fi
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from pyoptim.coreset.engines import CudaEngine, engine_for
 from pyoptim.coreset.matrices import (
     as_tensor,
     check_matrix,
@@ -21,6 +23,7 @@ from pyoptim.coreset.matrices import (
     row_major,
     spans,
 )
+from pyoptim.coreset.search import dense_rows
 
 if TYPE_CHECKING:
     from pyoptim.coreset.matrices import Array
@@ -40,10 +43,13 @@ class CenterDistances:
         for _ in range(budget - 1):
             farthest, _ = distances.add(farthest)
 
+    On a GPU too a step is one read of the features. The host waits once, for its result.
+
     Args:
         x: features [n, d]: float32, float64, bfloat16 or float16 tensor or numpy array, which must
             not change while this object is in use. Copied once if its rows are not dense.
-        backend: "auto", "cpu" or "reference"; None is what `pyoptim.use_backend` chose.
+        backend: "auto", "cpu", "cuda", "triton" or "reference"; None is what
+            `pyoptim.use_backend` chose.
 
     Attributes:
         sqdist: [n] float64, squared distances to the nearest centre; infinite before the first.
@@ -53,9 +59,14 @@ class CenterDistances:
 
     def __init__(self, x: Tensor | Array, *, backend: str | None = None) -> None:
         self._x = check_matrix(as_tensor(x, "x"), "x")
-        self._native = kernels_for(self._x, backend)
-        if self._native is not None:
+        engine = engine_for(self._x, backend)
+        self._native = None if engine is not None else kernels_for(self._x, backend)
+        if engine is not None:
+            self._x = dense_rows(self._x)
+            self._device_step = _DeviceStep(engine, self._x)
+        elif self._native is not None:
             self._x = row_major(self._x)
+        self._engine = engine
         self._is_checked = False
         self.sqdist = self._unknown()
 
@@ -77,8 +88,9 @@ class CenterDistances:
             ValueError: a vector of another shape, or one with NaN or infinities; a row with NaN.
                 Nothing has changed then.
         """
-        values = self._center(center)
-        if not bool(values.isfinite().all()):
+        is_farthest = self._engine is not None and self._device_step.is_farthest(center)
+        values = None if is_farthest else self._center(center)
+        if values is not None and not bool(values.isfinite().all()):
             raise ValueError(f"center={center!r} has NaN or infinite elements; give finite ones")
         if len(self._x) == 0:
             return -1, 0.0
@@ -104,7 +116,10 @@ class CenterDistances:
             raise IndexError(f"center={row} is not a row of x, which has {n}")
         return self._x[row].double().contiguous()
 
-    def _step(self, center: Tensor) -> tuple[int, float, int]:
+    def _step(self, center: Tensor | None) -> tuple[int, float, int]:
+        if self._engine is not None:
+            return self._device_step.run(center, self.sqdist)
+        assert center is not None
         if self._native is not None:
             row, sqdist, nan_row = self._native.coreset_step_center(self._x, center, self.sqdist)
             return int(row), float(sqdist), int(nan_row)
@@ -115,6 +130,33 @@ class CenterDistances:
         torch.minimum(self.sqdist, distances, out=self.sqdist)
         row = int((self.sqdist == self.sqdist.max()).int().argmax())
         return row, float(self.sqdist[row]), -1
+
+
+class _DeviceStep:
+    """Steps of an engine that reads the farthest row, once it has found it, where it left it."""
+
+    # Farthest and kFarthestParts in csrc/cuda/api.hpp.
+    PARTS, BYTES = 2048, 24
+
+    def __init__(self, engine: CudaEngine, x: Tensor) -> None:
+        self.engine, self.x = engine, x
+        self.partials = torch.empty(self.PARTS * self.BYTES, dtype=torch.uint8, device=x.device)
+        self.found = torch.empty(self.BYTES, dtype=torch.uint8, device=x.device)
+        self.row = -1
+
+    def is_farthest(self, center: int | Tensor) -> bool:
+        is_vector = isinstance(center, Tensor) and center.ndim == 1
+        return not is_vector and self.row >= 0 and int(center) == self.row
+
+    def run(self, center: Tensor | None, sqdist: Tensor) -> tuple[int, float, int]:
+        """A step to a centre, or to the row that the last step has found."""
+        self.engine.step_center(self.x, center, sqdist, self.partials, self.found)
+        found = self.found.cpu()
+        largest = float(found[:8].view(torch.float64))
+        row, nan_row = found[8:].view(torch.int64).tolist()
+        # Of an infinite distance the row may be infinite, which a centre must not be.
+        self.row = row if math.isfinite(largest) and nan_row < 0 else -1
+        return row, largest, nan_row
 
 
 def _sqdist(x: Tensor, center: Tensor) -> Tensor:
@@ -139,6 +181,8 @@ def class_medians(
     median (torch's takes the lower one). These are the class centres of the moderate coreset (Xia
     et al., ICLR 2023, section 3).
 
+    On a GPU by torch.sort of a block of columns of one class at a time.
+
     Args:
         x: features [n, d]: float32, float64, bfloat16 or float16 tensor or numpy array.
         labels: integers [n] from 0 to n_classes - 1.
@@ -155,7 +199,9 @@ def class_medians(
     order = classes.argsort(stable=True)
     counts = classes.bincount(minlength=n_classes)
     out = torch.empty((n_classes, features.shape[1]), dtype=torch.float64, device=features.device)
-    if (native := kernels_for(features, backend)) is not None:
+    engine = engine_for(features, backend)
+    native = None if engine is not None else kernels_for(features, backend)
+    if native is not None:
         bad = native.coreset_medians(row_major(features), order, counts.cumsum(0), out)
         if bad >= 0:
             raise nan_error("x", bad)
@@ -163,16 +209,19 @@ def class_medians(
         check_no_nan(features, "x")
         ends = counts.cumsum(0).tolist()
         for c, (start, end) in enumerate(itertools.pairwise([0, *ends])):
-            out[c] = _plain_median(features[order[start:end].to(features.device)].double())
+            rows = order[start:end].to(features.device)
+            for part in spans(features.shape[1], _REFERENCE_ELEMENTS // max(1, len(rows))):
+                out[c, part] = _plain_median(features[:, part][rows])
     return out.to(torch.promote_types(features.dtype, torch.float32))
 
 
 def _plain_median(x: Tensor) -> Tensor:
+    """Of every column, float64. Sorted as it is: a wide copy takes twice the memory or more."""
     n = len(x)
     if n == 0:
-        return torch.full_like(x.sum(dim=0), torch.nan)
+        return torch.full((x.shape[1],), torch.nan, dtype=torch.float64, device=x.device)
     ordered = x.sort(dim=0).values
-    low, high = ordered[(n - 1) // 2], ordered[n // 2]
+    low, high = ordered[(n - 1) // 2].double(), ordered[n // 2].double()
     # The sum of two large values may be infinite.
     middle = torch.where((low + high).isinf(), low * 0.5 + high * 0.5, (low + high) * 0.5)
     return middle if n % 2 == 0 else high
@@ -204,6 +253,9 @@ def center_distances(
         )
     classes, n_classes = _checked_labels(labels, features, len(centers))
     wide = centers.detach().to(features.device, torch.float64).contiguous()
+    if (engine := engine_for(features, backend)) is not None:
+        rows = classes.to(features.device)
+        return engine.center_sqdist(dense_rows(features), rows, wide).sqrt_()
     out = torch.empty(len(features), dtype=torch.float64, device=features.device)
     if (native := kernels_for(features, backend)) is not None:
         native.coreset_center_sqdist(row_major(features), classes, wide, n_classes, out)

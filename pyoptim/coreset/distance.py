@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pyoptim.coreset.engines import engine_for
 from pyoptim.coreset.matrices import (
     as_tensor,
     check_matrix,
@@ -26,6 +27,7 @@ from pyoptim.coreset.matrices import (
     row_major,
     spans,
 )
+from pyoptim.coreset.search import nearest as nearest_on_device
 
 if TYPE_CHECKING:
     from pyoptim.coreset.matrices import Array, Rows
@@ -67,8 +69,9 @@ def nearest(
             other), or "ip" (inner product, the largest first).
         chunk: rows of `x` handled at a time. None: all rows that can be read in place, and about
             2 MB of those that have to be copied.
-        backend: "auto", "cpu" or "reference"; None is what `pyoptim.use_backend` chose. Tensors
-            that no kernel can read, such as those on a GPU, are left to the reference.
+        backend: "auto", "cpu", "cuda", "triton" or "reference"; None is what
+            `pyoptim.use_backend` chose. With None and "auto", tensors that no kernel can read are
+            left to the reference.
 
     Returns:
         (distances [n, k], indices [n, k] int64), for k = 1 both [n]; with a batch dimension if the
@@ -168,14 +171,15 @@ class _Search:
         first: int,
         found: _Found,
     ) -> None:
-        native = kernels_for(x, self.backend)
-        if native is None:
+        options = self.k, METRICS[self.metric], first, found.scores, found.indices
+        if (engine := engine_for(x, self.backend)) is not None:
+            x_nan, y_nan = nearest_on_device(engine, x, y, x_rows, y_rows, *options)
+        elif (native := kernels_for(x, self.backend)) is not None:
+            x, y = row_major(x), row_major(y)
+            x_nan, y_nan = native.coreset_nearest(x, y, x_rows, y_rows, *options)
+        else:
             _merge_plainly(x, y, x_rows, y_rows, self.metric, first_row, first, found)
             return
-        x, y = row_major(x), row_major(y)
-        x_nan, y_nan = native.coreset_nearest(
-            x, y, x_rows, y_rows, self.k, METRICS[self.metric], first, found.scores, found.indices
-        )
         if y_nan >= 0:
             raise nan_error("y", first + y_nan)
         if x_nan >= 0:
@@ -364,7 +368,7 @@ def pairwise_sqdist(x: Tensor | Array, y: Tensor | Array, *, backend: str | None
     Args:
         x: float32, float64, bfloat16 or float16 matrix [n, d]; a tensor or numpy array.
         y: matrix [m, d] of the same dtype and device.
-        backend: as in `nearest`.
+        backend: "auto", "cpu" or "reference"; None is what `pyoptim.use_backend` chose.
 
     Returns:
         [n, m], float32, or float64 for float64 inputs. No gradient flows. NaN stays NaN.

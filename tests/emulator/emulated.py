@@ -31,7 +31,7 @@ FOLDER = ROOT / "build" / "emulator"
 LIBRARY = "libpyoptim_cuda.so"
 # In the order of RuleId.
 RULES = re.findall(r"^ +X\((\w+)\)", (ROOT / "csrc/rules/all.hpp").read_text(), re.MULTILINE)
-HEADERS = ("core", "cuda", "emulator", "reduce", "rules")
+HEADERS = ("core", "coreset", "cuda", "emulator", "reduce", "rules")
 # UBSan's check of alignment finds the accesses that only a GPU would refuse.
 FLAGS = (
     *("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"),
@@ -46,7 +46,7 @@ FLAGS = (
 def units() -> dict[str, tuple[str, ...]]:
     """Object name -> source and its own flags."""
     found: dict[str, tuple[str, ...]] = {
-        n: (f"cuda/{n}.cu",) for n in ("engine", "project", "reduce")
+        n: (f"cuda/{n}.cu",) for n in ("centers", "engine", "project", "reduce", "search")
     }
     found["emulator"] = ("emulator/emulator.cpp",)
     for rule in RULES:
@@ -298,6 +298,9 @@ class Api(Structure):
         ("clip", _function(Clip)),
         ("scale", _function(Scale)),
         ("row_sums", _function(RowSums)),
+        # Tested through pyoptim.coreset: squares, pack, filter, certify, scores, and of centres
+        # the step and the distances.
+        ("searches", c_void_p * 7),
         ("tune", ctypes.CFUNCTYPE(None, c_int64, c_int64)),
         ("launches", ctypes.CFUNCTYPE(c_int64)),
     )

@@ -17,8 +17,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from pyoptim.kernels import engine, launcher, reduce
+from pyoptim.kernels import engine, launcher, reduce, search
 
+# Kind of rows, whether the values are stored: the filters that are compiled.
+FilterJob = tuple[str, bool]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CPU = torch.device("cpu")
 ARCHS = (80, 90, 100, 120)
@@ -78,7 +80,7 @@ def compile_calls(name: str, arch: int, call: Callable[[], None]) -> list[Code]:
     finally:
         launcher.launch = real
     # Disassembling takes as long as compiling.
-    with_sass = arch == 90 and not name.startswith(("rmsprop", "prepare", "sums"))
+    with_sass = arch == 90 and not name.startswith(("rmsprop", "prepare", "sums", "scores"))
     return [read(f"sm_{arch} {name}", k.asm["cubin"], k.asm["ptx"], with_sass) for k in found]
 
 
@@ -216,3 +218,49 @@ def compile_others(arch: int) -> list[Code]:
         reduce.row_sums(x, x, 2, 1 << 20, 8, out)
 
     return compile_calls("sums", arch, call)
+
+
+def filter_jobs(arch: int) -> list[FilterJob]:
+    """They take long to compile: one stands for all but on sm_90."""
+    if arch != 90 and os.environ.get("PYOPTIM_TRITON_AOT") != "all":
+        return [("split", False)]
+    return [("split", False), ("split", True), ("bfloat16", False), ("float16", False)]
+
+
+def compile_filter(job: FilterJob, arch: int) -> list[Code]:
+    kind, stores = job
+    dtype = torch.float16 if kind == "float16" else torch.bfloat16
+    high, norms = torch.zeros(40, 64, dtype=dtype), torch.zeros(40, dtype=torch.float64)
+    low = torch.zeros(40, 64, dtype=dtype) if kind == "split" else None
+    rows = search.Packed(high, low, norms, torch.zeros(40))
+    kernels = search.TritonEngine(CPU)
+
+    def call() -> None:
+        if stores:
+            kernels.values(rows, rows, 64, 2)
+        else:
+            kernels.nearest(rows, rows, 64, 2)
+
+    return compile_calls(f"filter {kind}{' values' if stores else ''}", arch, call)
+
+
+def compile_scores(dtype: torch.dtype, arch: int) -> list[Code]:
+    """What reads rows: ten kernels, of which one is compiled for every metric."""
+    kernels, x = search.TritonEngine(CPU), torch.zeros(40, 33, dtype=dtype)
+    numbers, rows = torch.zeros(40, dtype=torch.float64), torch.arange(40)
+    least = torch.zeros(1, 3, 40), torch.zeros(1, 2, 40, dtype=torch.int32)
+    memory = torch.zeros(2048 * 24, dtype=torch.uint8)
+
+    def call() -> None:
+        kernels.squares(x, rows)
+        kernels.pack(x, rows, 0, True, numbers, numbers, True)
+        for metric in (0, 1, 2):
+            kernels.scores((x, None), (x, rows), metric, None)
+        factors = (1.0, 1.0, 1.0, 1.0)
+        kernels.certify(
+            *((x, None), (x, rows), 0, factors, numbers, numbers, least, 0, numbers, rows)
+        )
+        kernels.step_center(x, None, numbers, memory, memory[:24])
+        kernels.center_sqdist(x, rows, numbers.expand(2, -1).contiguous())
+
+    return compile_calls(f"scores {dtype}", arch, call)

@@ -11,7 +11,16 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from cubins import ARCHS, CPU, Code, compile_calls, job_name, project_jobs, update_jobs
+from cubins import (
+    ARCHS,
+    CPU,
+    Code,
+    compile_calls,
+    filter_jobs,
+    job_name,
+    project_jobs,
+    update_jobs,
+)
 
 from pyoptim.kernels import engine, launcher
 
@@ -40,6 +49,8 @@ def compiled() -> dict[str, list[Code]]:
             for is_aligned in (True, False)
         ]
         jobs.append(("sums", cubins.compile_others, (arch,)))
+        jobs += [("filter", cubins.compile_filter, (job, arch)) for job in filter_jobs(arch)]
+    jobs += [("scores", cubins.compile_scores, (dtype, 90)) for dtype in (torch.float32,)]
     found: dict[str, list[Code]] = {}
     # LLVM's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
@@ -103,6 +114,8 @@ def test_every_kernel_is_compiled_for_every_architecture(compiled: dict[str, lis
     n_jobs = sum(len(project_jobs(arch)) for arch in ARCHS)
     assert len(compiled["project"]) == n_phases * n_jobs + n_unscaling
     assert len(compiled["arrays"]) == 4 * 5 * 2 * len(ARCHS)
+    assert len(compiled["filter"]) == sum(len(filter_jobs(arch)) for arch in ARCHS)
+    assert len(compiled["scores"]) == 2 + 3 + 2 + 2 + 1
     assert len(compiled["sums"]) == (3 + 1 + 4 * 2 + 2) * len(ARCHS)
 
 
@@ -111,8 +124,21 @@ def test_no_kernel_spills_registers(compiled: dict[str, list[Code]]) -> None:
 
 
 def test_registers_leave_room_for_four_blocks(compiled: dict[str, list[Code]]) -> None:
-    codes = of(compiled, *compiled)
+    codes = of(compiled, *(part for part in compiled if part != "filter"))
     assert offenders(codes, lambda code: code.registers > MAX_REGISTERS) == []
+
+
+def test_filters_multiply_on_tensor_cores(compiled: dict[str, list[Code]]) -> None:
+    """Warp groups' instructions on sm_90, warps' elsewhere; packed rows come 16 bytes at once."""
+
+    def is_slow(code: Code) -> bool:
+        word = "wgmma.mma_async" if code.name.startswith("sm_90") else "mma.sync|tcgen05.mma"
+        copies = r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10"
+        return code.count(word) == 0 or code.count(copies) == 0
+
+    assert offenders(compiled["filter"], is_slow) == []
+    sm_90 = [code for code in compiled["filter"] if code.name.startswith("sm_90")]
+    assert offenders(sm_90, lambda code: code.count_instructions("HGMMA") == 0) == []
 
 
 def test_sweeps_of_rules_that_project_access_four_elements_at_once(
