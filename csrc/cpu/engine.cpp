@@ -8,6 +8,10 @@
 #include <atomic>
 #include <cstdlib>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace pyoptim::cpu {
 
 const KernelTable& kernels_baseline();
@@ -17,11 +21,25 @@ const KernelTable& kernels_avx512();
 const KernelTable& kernels_avx512_bf16();
 #endif
 
+namespace {
+
+int64_t choose_prefetch_bytes() {
 #if defined(__x86_64__)
-const int64_t kPrefetchBytes = (__builtin_cpu_init(), __builtin_cpu_is("intel")) ? 1024 : 512;
-#else
-const int64_t kPrefetchBytes = 512;
+  constexpr unsigned kZen5 = 0x1a;
+  __builtin_cpu_init();
+  if (__builtin_cpu_is("intel")) return 1024;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__builtin_cpu_is("amd") && __get_cpuid(1, &eax, &ebx, &ecx, &edx)) {
+    const unsigned family = (eax >> 8 & 0xf) + (eax >> 20 & 0xff);
+    if (family >= kZen5) return 2048;
+  }
 #endif
+  return 512;
+}
+
+}  // namespace
+
+const int64_t kPrefetchBytes = choose_prefetch_bytes();
 
 namespace {
 

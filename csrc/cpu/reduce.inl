@@ -109,6 +109,7 @@ PYOPTIM_HD void add_rounds(const Terms<kFold, E>& terms, int64_t begin, int64_t 
 template <Fold kFold>
 PYOPTIM_HD void fold_eight(double* lanes, int64_t stride) {
   DoubleV half[4];
+#pragma GCC unroll 4
   for (int k = 0; k < 4; ++k) {
     half[k] =
         fold_two<kFold>(load_vector(lanes + k * stride), load_vector(lanes + (k + 4) * stride));
