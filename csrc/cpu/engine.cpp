@@ -23,23 +23,32 @@ const KernelTable& kernels_avx512_bf16();
 
 namespace {
 
-int64_t choose_prefetch_bytes() {
+bool is_intel() {
 #if defined(__x86_64__)
-  constexpr unsigned kZen5 = 0x1a;
   __builtin_cpu_init();
-  if (__builtin_cpu_is("intel")) return 1024;
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  if (__builtin_cpu_is("amd") && __get_cpuid(1, &eax, &ebx, &ecx, &edx)) {
-    const unsigned family = (eax >> 8 & 0xf) + (eax >> 20 & 0xff);
-    if (family >= kZen5) return 2048;
-  }
+  return __builtin_cpu_is("intel");
+#else
+  return false;
 #endif
-  return 512;
+}
+
+// Or what AMD made after it; no compiler of today's distributions knows it by name.
+bool is_zen5() {
+#if defined(__x86_64__)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  __builtin_cpu_init();
+  if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;
+  const unsigned family = (eax >> 8 & 0xf) + (eax >> 20 & 0xff);
+  return family >= 0x1a;
+#else
+  return false;
+#endif
 }
 
 }  // namespace
 
-const int64_t kPrefetchBytes = choose_prefetch_bytes();
+const int64_t kPrefetchBytes = is_intel() ? 1024 : is_zen5() ? 2048 : 512;
+const bool kAddsManyRounds = !is_zen5();
 
 namespace {
 

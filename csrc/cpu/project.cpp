@@ -97,7 +97,8 @@ class Rows {
     }
   }
 
-  void* copy_out(std::vector<char>* to, const void* from, int width, int64_t first, int64_t n) const {
+  void* copy_out(
+      std::vector<char>* to, const void* from, int width, int64_t first, int64_t n) const {
     to->resize(n * size_ * width);
     copy(to->data(), const_cast<void*>(from), width, first, n, false);
     return to->data();

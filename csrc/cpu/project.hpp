@@ -14,7 +14,8 @@ namespace pyoptim {
 struct ProjectKernels {
   int param_size, state_size, direction_size;  // bytes of one element
   int n_states;
-  // The first three sums. n <= reduce::kChunk; `next` is wanted soon, what follows where it is null.
+  // The first three sums. n <= reduce::kChunk; `next` is wanted soon, what follows where it is
+  // null.
   void (*check)(const Elements& at, int64_t n, double* sums, const Elements* next);
   // Averages, then the plain result; all sums. n <= reduce::kChunk; `next` is wanted soon, or null.
   void (*sweep)(

@@ -154,9 +154,9 @@ struct Lanes {
 template <class X>
 struct Lanes<X, 0> {};
 
-// Calls body.step(i, terms) for all of [0, n), for vectors and at the end for single elements, and
-// folds what is added to the terms to `sums`. Memory is asked for kPrefetchBytes ahead, after the
-// last element that of `next`.
+// Calls body.step(i, products) for all of [0, n), for vectors and at the end for single elements,
+// and folds what is added to the products to `sums`. Memory is asked for kFar * kPrefetchBytes
+// ahead, after the last element that of `next`.
 template <class P, class S, class Body>
 PYOPTIM_HD void for_elements(int64_t n,
                              const Body& body,
@@ -167,12 +167,12 @@ PYOPTIM_HD void for_elements(int64_t n,
   using X = typename VectorOf<T>::type;
   constexpr int kCount = Body::kCount;
   constexpr int64_t kWidth = kVectorBytes / sizeof(T);
-  const int64_t ahead = kPrefetchBytes / static_cast<int64_t>(sizeof(P));
+  const int64_t ahead = Body::kFar * kPrefetchBytes / static_cast<int64_t>(sizeof(P));
   const int64_t whole = n - n % kWidth, turn = std::max<int64_t>(0, whole - ahead);
   const Arrays<P, S> later = own.moved(ahead), after = next.moved(-turn);
   Lanes<X, kCount> lanes;
   const auto step = [&](int64_t i, bool is_first, const Arrays<P, S>& fetch)
-                        __attribute__((always_inline)) {
+      __attribute__((always_inline)) {
     body.prefetch(fetch, i);
     Products<X, kCount> terms;
     if constexpr (kCount > 0) {
@@ -253,7 +253,8 @@ class Tree {
 // Gradient times weight and their squares.
 template <class P>
 struct Check {
-  static constexpr int kCount = 3;
+  // Two arrays only: 30 M elements took 0.29 ns each with 1, 0.22 with 2 and 0.25 with 4 on Zen 5.
+  static constexpr int kCount = 3, kFar = 2;
   const Arrays<P, P> at_;
 
   PYOPTIM_HD static void prefetch(const Arrays<P, P>& later, int64_t i) {
@@ -285,7 +286,7 @@ void check_chunk(const Elements& at, int64_t n, double* sums, const Elements* ne
 // Keeps the directions where there is room for them.
 template <class Rule, int V, class P, class S, int kSummed, bool kWrites>
 struct Sweep {
-  static constexpr int kStates = Rule::kStates[V], kCount = kSummed;
+  static constexpr int kStates = Rule::kStates[V], kCount = kSummed, kFar = 1;
   using T = typename Compute<P>::type;
   const typename Rule::Hyper h;
   const Arrays<P, S> at_;
@@ -335,7 +336,7 @@ struct Sweep {
 // Writes the parameter from kept directions, or from stored averages.
 template <class Rule, int V, class P, class S, class Write, bool kIsKept>
 struct Rewrite {
-  static constexpr int kStates = Rule::kStates[V], kCount = 0;
+  static constexpr int kStates = Rule::kStates[V], kCount = 0, kFar = 1;
   const typename Rule::Hyper h;
   const Arrays<P, S> at_;
   const Write write;

@@ -153,7 +153,7 @@ double fold_chunk(const void* a, const void* b, double eta, int64_t numel) {
   std::memset(lanes, 0, width * sizeof(double));
   int64_t i = 0;
   constexpr int64_t kMany = 4;
-  for (; i + kMany * kLanes <= numel; i += kMany * kLanes) {
+  for (; kAddsManyRounds && i + kMany * kLanes <= numel; i += kMany * kLanes) {
     add_rounds<kMany>(terms, i, kLanes, lanes);
   }
   for (; i + kLanes <= numel; i += kLanes) add_rounds<1>(terms, i, kLanes, lanes);
