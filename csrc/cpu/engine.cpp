@@ -32,7 +32,7 @@ bool is_intel() {
 #endif
 }
 
-// Or what AMD made after it; no compiler of today's distributions knows it by name.
+// Or what AMD made after it. gcc 12 does not know it by name.
 bool is_zen5() {
 #if defined(__x86_64__)
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
