@@ -10,6 +10,10 @@
 
 #include "cpu/chunks.hpp"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace pyoptim::cpu {
 
 const KernelTable& kernels_baseline();
@@ -19,11 +23,34 @@ const KernelTable& kernels_avx512();
 const KernelTable& kernels_avx512_bf16();
 #endif
 
+namespace {
+
+bool is_intel() {
 #if defined(__x86_64__)
-const int64_t kPrefetchBytes = (__builtin_cpu_init(), __builtin_cpu_is("intel")) ? 1024 : 512;
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
 #else
-const int64_t kPrefetchBytes = 512;
+  return false;
 #endif
+}
+
+// Or what AMD made after it. gcc 12 does not know it by name.
+bool is_zen5() {
+#if defined(__x86_64__)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  __builtin_cpu_init();
+  if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;
+  const unsigned family = (eax >> 8 & 0xf) + (eax >> 20 & 0xff);
+  return family >= 0x1a;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+const int64_t kPrefetchBytes = is_intel() ? 1024 : is_zen5() ? 2048 : 512;
+const bool kAddsManyRounds = !is_zen5();
 
 namespace {
 

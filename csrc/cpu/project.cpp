@@ -97,7 +97,8 @@ class Rows {
     }
   }
 
-  void* copy_out(std::vector<char>* to, const void* from, int width, int64_t first, int64_t n) const {
+  void* copy_out(
+      std::vector<char>* to, const void* from, int width, int64_t first, int64_t n) const {
     to->resize(n * size_ * width);
     copy(to->data(), const_cast<void*>(from), width, first, n, false);
     return to->data();
@@ -148,12 +149,14 @@ class Tensor {
 
   // Phase 0: ends at the first row, of any task, that is not at right angles to its gradient.
   void check_rows(int64_t first, int64_t last) {
+    int64_t r = first;
     Rows(row_).for_each(first, last, false, [&](const Elements& at) {
       double sums[kSums];
       sum_chunks(row_size(), sums, [&](int64_t begin, int64_t n, double* of_chunk) {
-        kernels_.check(moved(at, kernels_, begin), n, of_chunk);
+        kernels_.check(moved(at, kernels_, begin), n, of_chunk, nullptr);
       });
       if (!kernels_.is_orthogonal(hyper_, sums, row_size())) is_channel_ = false;
+      if (is_channel()) weights()[r++] = sums[kWeightWeight];
       return is_channel();
     });
   }
@@ -163,11 +166,13 @@ class Tensor {
   void project_rows(int64_t first, int64_t last) {
     const std::unique_ptr<char[]> directions = new_directions(row_size());
     const bool are_kept = row_size() <= kChunk;
+    int64_t r = first;
     Rows(row_).for_each(first, last, true, [&](const Elements& at) {
       double sums[kSums];
       sum_chunks(row_size(), sums, [&](int64_t begin, int64_t n, double* of_chunk) {
         kernels_.average(moved(at, kernels_, begin), hyper_, n, directions.get(), of_chunk);
       });
+      sums[kWeightWeight] = weights_[r++];
       kernels_.write(at, hyper_, row_size(), are_kept ? directions.get() : nullptr, sums);
       return true;
     });
@@ -180,7 +185,7 @@ class Tensor {
       const Elements at = chunk(c), following = chunk(c + 1);
       double* const sums = partials_ + kSums * c;
       if (is_deferred_) {
-        kernels_.check(at, size_of(c), sums);
+        kernels_.check(at, size_of(c), sums, nullptr);
         kernels_.average(at, hyper_, size_of(c), directions.get(), sums);
       } else {
         kernels_.sweep(at, hyper_, size_of(c), sums, c + 1 < n_chunks() ? &following : next);
@@ -207,11 +212,27 @@ class Tensor {
   void update(const TableRow* next) {
     if (is_channel()) check_rows(0, row_.n_rows);
     if (is_channel()) return project_rows(0, row_.n_rows);
+    if (is_left_alone(next)) return row_.update(row_, hyper_, 0, row_.numel, next);
     sweep_chunks(0, n_chunks(), next);
     if (decide()) finish_chunks(0, n_chunks());
   }
 
+  // Before several tasks check rows: what they keep of them.
+  double* weights() {
+    if (!weights_) weights_.reset(new double[row_.n_rows]);
+    return weights_.get();
+  }
+
  private:
+  // Whether the layer view is known to fail. Only one chunk is read twice for it: that is in the
+  // cache, and costs less than a sweep that adds up beside its update.
+  bool is_left_alone(const TableRow* next) const {
+    if (n_chunks() > 1 || is_deferred_) return false;
+    double sums[kSums];
+    kernels_.check(row_, row_.numel, sums, next);
+    return !kernels_.is_orthogonal(hyper_, sums, row_.numel);
+  }
+
   Elements chunk(int64_t c) const { return moved(row_, kernels_, c * kChunk); }
   int64_t size_of(int64_t c) const { return std::min(kChunk, row_.numel - c * kChunk); }
   std::unique_ptr<char[]> new_directions(int64_t n) const {
@@ -224,6 +245,7 @@ class Tensor {
   std::atomic<bool> is_channel_;
   const bool is_deferred_;
   bool is_layer_ = false;
+  std::unique_ptr<double[]> weights_;  // [n_rows], the squares of rows that were checked
   double* const partials_;
   double sums_[kSums];
 };
@@ -334,7 +356,9 @@ class Step {
   void check_large() {
     std::vector<Piece> pieces;
     for (int64_t i = 0; i < n_large(); ++i) {
-      if (tensor(i).is_channel()) cut(i, tensor(i).n_rows(), tensor(i).row_size(), &pieces);
+      if (!tensor(i).is_channel()) continue;
+      tensor(i).weights();
+      cut(i, tensor(i).n_rows(), tensor(i).row_size(), &pieces);
     }
     run_pieces(pieces, [&](const Piece& piece) {
       if (tensor(piece.tensor).is_channel())

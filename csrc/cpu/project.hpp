@@ -14,12 +14,13 @@ namespace pyoptim {
 struct ProjectKernels {
   int param_size, state_size, direction_size;  // bytes of one element
   int n_states;
-  // The first three sums. n <= reduce::kChunk.
-  void (*check)(const Elements& at, int64_t n, double* sums);
+  // The first three sums. n <= reduce::kChunk; `next` is wanted soon, what follows where it is
+  // null.
+  void (*check)(const Elements& at, int64_t n, double* sums, const Elements* next);
   // Averages, then the plain result; all sums. n <= reduce::kChunk; `next` is wanted soon, or null.
   void (*sweep)(
       const Elements& at, const void* hyper, int64_t n, double* sums, const Elements* next);
-  // Averages and directions, not the result; the last two sums. n <= reduce::kChunk.
+  // Averages and directions, not the result; the last sum. n <= reduce::kChunk.
   void (*average)(const Elements& at, const void* hyper, int64_t n, void* directions, double* sums);
   // The result from directions, or from stored averages where these are null: projected by the
   // sums, or plain where those are null.

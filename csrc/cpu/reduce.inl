@@ -109,6 +109,7 @@ PYOPTIM_HD void add_rounds(const Terms<kFold, E>& terms, int64_t begin, int64_t 
 template <Fold kFold>
 PYOPTIM_HD void fold_eight(double* lanes, int64_t stride) {
   DoubleV half[4];
+#pragma GCC unroll 4
   for (int k = 0; k < 4; ++k) {
     half[k] =
         fold_two<kFold>(load_vector(lanes + k * stride), load_vector(lanes + (k + 4) * stride));
@@ -152,7 +153,7 @@ double fold_chunk(const void* a, const void* b, double eta, int64_t numel) {
   std::memset(lanes, 0, width * sizeof(double));
   int64_t i = 0;
   constexpr int64_t kMany = 4;
-  for (; i + kMany * kLanes <= numel; i += kMany * kLanes) {
+  for (; kAddsManyRounds && i + kMany * kLanes <= numel; i += kMany * kLanes) {
     add_rounds<kMany>(terms, i, kLanes, lanes);
   }
   for (; i + kLanes <= numel; i += kLanes) add_rounds<1>(terms, i, kLanes, lanes);

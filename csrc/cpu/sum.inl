@@ -14,18 +14,17 @@ namespace {
 template <class Rule, int V, class P, class S, class W, bool kIsStreamed>
 struct Sum {
   static_assert(!kWritesStates<Rule>, "these states are not written back");
-  static constexpr int kStates = Rule::kStates[V], kCount = 1;
+  static constexpr int kStates = Rule::kStates[V], kCount = 1, kFar = 1;
   static constexpr bool kSaves = std::is_same_v<P, W>;
   const typename Rule::Hyper h;
   const Arrays<P, S, W> at_;
-  Lanes<kCount> lanes;
 
-  template <class X, bool kFirst>
-  PYOPTIM_HD void at(int64_t i, const Arrays<P, S, W>& fetch) {
-    fetch.template prefetch<kStates>(i);
-    if constexpr (kSaves && !kIsStreamed) {
-      if constexpr (!std::is_scalar_v<X>) __builtin_prefetch(fetch.saved + i);
-    }
+  PYOPTIM_HD static void prefetch(const Arrays<P, S, W>& later, int64_t i) {
+    later.template prefetch<kStates>(i);
+    if constexpr (kSaves && !kIsStreamed) __builtin_prefetch(later.saved + i);
+  }
+  template <class X>
+  PYOPTIM_HD void step(int64_t i, Products<X, kCount>* sums) const {
     X p, g, a = {}, b = {}, c = {};
     get(at_.source + i, &p);
     get(at_.grad + i, &g);
@@ -35,7 +34,7 @@ struct Sum {
     if constexpr (kSaves) save<X>(i);
     const auto term = Rule::template update<V>(h, p, g, a, b, c);
     put(at_.param + i, p);
-    add_to_lane<P, kFirst>(&lanes.of[0][i % kLanes], Wide<X>(term.a), Wide<X>(term.b));
+    sums->template add_products<P>(0, Wide<X>(term.a), Wide<X>(term.b));
   }
 
  private:
@@ -63,21 +62,20 @@ double sum_chunk(
                                 : is_alike      ? Arrays<P, S, W>(*next)
                                                 : arrays;
   const auto run = [&](auto&& body) {
-    for_elements(n, body, body.at_, after);
     double sum = 0.0;
-    body.lanes.fold(n, &sum);
+    for_elements(n, body, body.at_, after, &sum);
     return sum;
   };
   const auto& h = *static_cast<const typename Rule::Hyper*>(hyper);
   if constexpr (sizeof(P) >= sizeof(float)) {
     const bool is_aligned = reinterpret_cast<uintptr_t>(arrays.saved) % kVectorBytes == 0;
     if (row.numel >= kStreamElements && is_aligned) {
-      const double sum = run(Sum<Rule, V, P, S, W, true>{h, arrays, {}});
+      const double sum = run(Sum<Rule, V, P, S, W, true>{h, arrays});
       fence_streams();
       return sum;
     }
   }
-  return run(Sum<Rule, V, P, S, W, false>{h, arrays, {}});
+  return run(Sum<Rule, V, P, S, W, false>{h, arrays});
 }
 
 }  // namespace
