@@ -40,7 +40,8 @@ struct Update {
   RuleId rule;
   int32_t variant;
   DTypeSet dtypes;
-  const TableRow* const* rows;  // [n_rows]; of a row all but update, sum, unscale, saved and master is read
+  // [n_rows]; of a row all but update, sum, unscale, saved and master is read.
+  const TableRow* const* rows;
   int64_t n_rows;
   const HyperBlock* hypers;       // host memory, indexed by row->hyper
   const HyperBlock* live_hypers;  // device memory, [n_rows] in the order of rows; or null

@@ -1,5 +1,6 @@
 // The library's table of functions: the device, the errors and what is tuned.
 #include <exception>
+#include <iterator>
 #include <string>
 #include <utility>
 
@@ -31,7 +32,9 @@ constexpr RuleEntry kRules[] = {
 #undef PYOPTIM_ENTRY
 };
 
-bool is_known(RuleId rule) { return rule >= RuleId{0} && rule < RuleId::count; }
+bool is_known(RuleId rule) {
+  return rule >= RuleId{0} && static_cast<size_t>(rule) < std::size(kRules);
+}
 
 // A message stays valid until the thread's next call.
 const char* keep(std::string text) {

@@ -27,6 +27,7 @@ struct Rule {
   bool projects;  // rows of dimension 0
   bool writes_states;
   bool yields_term;
+  bool has_master;
   int n_variants;
   const int* n_states;
   const char* const (*state_names)[kMaxStates];
@@ -57,6 +58,7 @@ Rule make_rule(RuleId id) {
           kProjects<F>,
           kWritesStates<F>,
           kYieldsTerm<F>,
+          kHasMaster<F>,
           F::kVariants,
           F::kStates,
           F::kStateNames,
@@ -71,7 +73,7 @@ inline const Rule& find_rule(const std::string& name) {
     static const Rule rule = make_rule<R>(RuleId::R); \
     return rule;                                      \
   }
-  PYOPTIM_FOR_EACH_RULE(PYOPTIM_FIND)
+  PYOPTIM_FOR_EACH_CPU_RULE(PYOPTIM_FIND)
 #undef PYOPTIM_FIND
   throw py::value_error("no rule named '" + name + "'");
 }
