@@ -173,6 +173,7 @@ class TableRow(Structure):
         ("n_rows", c_int64),
         ("inner", c_int64),
         ("hyper", c_int32),
+        ("first_chunk", c_int64),
     )
 
 
@@ -187,6 +188,7 @@ class Update(Structure):
         ("live_hypers", c_void_p),
         ("factors", GradFactors),
         ("workspace", c_void_p),
+        ("sums", c_void_p),
     )
 
 
