@@ -33,5 +33,5 @@ def point(p, g, states, hyper, V: tl.constexpr):
 
 @triton.jit
 def update(p, g, states, hyper, V: tl.constexpr):
-    p, a, b = point(p, g, states, hyper, V)
+    p, _, _ = point(p, g, states, hyper, V)
     return p, states

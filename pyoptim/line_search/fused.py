@@ -243,12 +243,15 @@ class FusedDirection:
         try:
             own.run_anew(search.factor, grads, sources=sources)
         except _Unfit as error:
-            raise RuntimeError(f"parameters or state changed during a line search: {error}") from None
+            raise RuntimeError(
+                f"parameters or state changed during a line search: {error}"
+            ) from None
 
     def _copies(self, params: list[Tensor]) -> list[Tensor | None]:
         """The kept copies of parameters, None where there is none."""
         known, copies = self._saved_list
         if not _are_same(known, params):
+            self._saved = {p: self._saved[p] for p in params if p in self._saved}
             copies = [self._saved.get(p) for p in params]
             self._saved_list = params, copies
         return copies
@@ -277,14 +280,14 @@ class FusedDirection:
         return self._search
 
     def _reference(self, why: str, for_search: bool = True) -> Any:
-        from pyoptim.line_search.direction import ReferenceDirection
-
         choice = getattr(self._optimizer, "backend", None) or backend.chosen()
         if choice not in ("auto", "reference"):
             raise backend.BackendError(
                 f"backend={choice!r} cannot run this line search: {why}; use backend='auto' or "
                 "'reference'"
             )
+        from pyoptim.line_search.direction import ReferenceDirection
+
         other = ReferenceDirection(self._optimizer)
         if for_search:
             self._other = other
@@ -296,7 +299,7 @@ class FusedDirection:
 
 
 class _Pass(FusedOptimizer):
-    """A rule over the parameters and the state of another optimizer. It has no hooks and no user."""
+    """A rule over parameters and state of another optimizer. It has neither hooks nor a user."""
 
     def __init__(self, origin: Optimizer) -> None:
         self._configure(None, None, None)
@@ -316,6 +319,9 @@ class _Pass(FusedOptimizer):
 
     def _master_of(self, entry: Mapping[str, Any]) -> Tensor | None:
         return entry.get("master_param")
+
+    def _check_sparse(self, row: Row, group: Mapping[str, Any]) -> None:
+        raise _Unfit(f"{row.place} has a sparse gradient")
 
     def set_options(self, eta: float, as_trial: bool = False) -> None:
         """Takes over groups and state of the optimizer.
@@ -476,9 +482,10 @@ def _copy_of(row: Row, copy: Tensor | None) -> Tensor | None:
 
 
 def _is_like(copy: Tensor | None, param: Tensor) -> bool:
-    return (
-        copy is not None
-        and (copy.dtype, copy.device, copy.shape) == (param.dtype, param.device, param.shape)
+    return copy is not None and (copy.dtype, copy.device, copy.shape) == (
+        param.dtype,
+        param.device,
+        param.shape,
     )
 
 
