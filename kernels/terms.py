@@ -63,7 +63,9 @@ def _block(
 
 @triton.jit(
     do_not_specialize=["clip_bits", "n_rows", "n_chunks"],
-    do_not_specialize_on_alignment=["addresses", "layout", "hypers", "clip_at", "found_inf", "sums"],
+    do_not_specialize_on_alignment=[
+        *("addresses", "layout", "hypers", "clip_at", "found_inf", "sums")
+    ],
 )
 def terms_kernel(
     addresses,  # int64 [4 + N_STATES][n_rows]: param, grad, states, source, saved

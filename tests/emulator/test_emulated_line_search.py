@@ -21,10 +21,18 @@ TRIAL, STEP = RULES.index("LineTrial"), RULES.index("LineStep")
 SIZES = (0, 1, 3, 4, 5, 1023, 1024, 1025, 2047, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 1030)
 FEW = (1, 5, 1025, CHUNK + 6)
 # By the rule's names; Adam, along the momentum.
-GROUP: dict[str, float] = {
-    **{"lr": 0.3, "lr_scale": 0.7, "beta1": 0.9, "beta2": 0.99, "eps": 1e-3, "weight_decay": 0.1},
-    **{"preconditioner": 1.0, "accumulates": 0.0, "corrects": 1.0},
-    **{"bias_offset": 0.0, "by_momentum": 1.0},
+GROUP = {
+    "lr": 0.3,
+    "lr_scale": 0.7,
+    "beta1": 0.9,
+    "beta2": 0.99,
+    "eps": 1e-3,
+    "weight_decay": 0.1,
+    "preconditioner": 1.0,
+    "accumulates": 0.0,
+    "corrects": 1.0,
+    "bias_offset": 0.0,
+    "by_momentum": 1.0,
 }
 VARIANT = 3  # exp_avg, exp_avg_sq
 
@@ -195,7 +203,7 @@ def test_clipped_gradients_are_not_written(emulator: Emulator, is_live: bool) ->
 @pytest.mark.parametrize("factors", [Factors(0.5), Factors(grad_scale=torch.ones(1))], ids=str)
 def test_a_trial_does_not_unscale(emulator: Emulator, factors: Factors) -> None:
     t = trial(sizes=FEW)
-    with pytest.raises(RuntimeError, match="update of rule line_trial .*cudaErrorInvalidValue"):
+    with pytest.raises(RuntimeError, match=r"update of rule line_trial .*cudaErrorInvalidValue"):
         t.run(emulator, factors)
     assert t.sums.isnan().all()
 
