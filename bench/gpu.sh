@@ -15,12 +15,13 @@ a sanitizer that the machine lacks is skipped, and summary.txt says so.
 
   --quick          about 2 minutes: fewer tensors, no sanitizers, a few benchmarks
   --stages A,B     only these stages; `build` may be left out once it has run
-  --seconds N      how long `bench` may start new cases (default 110; quick: 30)
+  --seconds N      how long `bench` may start new cases (default 90; quick: 30)
   --dry-run        print the stages, their time limits and commands; run nothing
   --help           this text
 
 Stages, in order: environment build | tests compare-cuda compare-triton memcheck racecheck graphs,
-side by side | asynchronous bench compiled coreset | report. On request only: tune-cuda tune-triton.
+side by side | asynchronous line-search bench compiled coreset | report. On request only: tune-cuda
+tune-triton.
 PYTHON names the Python that has torch (default: python3).
 Options of a tuning sweep: TUNE_CUDA, TUNE_TRITON, as of `python -m pyoptim.bench.gpu.tune --help`.
 TEXT
@@ -30,11 +31,11 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 site=$root/build/gpu-site # where this script installs pyoptim
 default_stages=environment,build,tests,compare-cuda,compare-triton,memcheck,racecheck,graphs
-default_stages+=,asynchronous,bench,compiled,coreset,report
+default_stages+=,asynchronous,line-search,bench,compiled,coreset,report
 quick_stages=environment,build,tests,compare-cuda,compare-triton,graphs,asynchronous,bench,report
 known_stages=$default_stages,tune-cuda,tune-triton
 side_by_side=(tests compare-cuda compare-triton memcheck racecheck graphs)
-alone=(asynchronous bench compiled coreset tune-cuda tune-triton report)
+alone=(asynchronous line-search bench compiled coreset tune-cuda tune-triton report)
 
 not_installed=77 # exit status of a stage whose tool this machine lacks
 quick='' stages='' seconds='' dry_run='' out=''
@@ -69,7 +70,7 @@ case ${seconds:-1} in
     *[!0-9]*) echo "gpu.sh: --seconds $seconds is not a whole number" >&2; exit 2 ;;
 esac
 if [ -z "$seconds" ]; then
-    if [ -n "$quick" ]; then seconds=30; else seconds=110; fi
+    if [ -n "$quick" ]; then seconds=30; else seconds=90; fi
 fi
 
 gpu_query() { nvidia-smi --query-gpu="$1" --format=csv,noheader 2>/dev/null | head -n 1; }
@@ -92,6 +93,7 @@ limit() {
         environment) echo 15 ;;
         build) echo 110 ;;
         asynchronous) echo 35 ;;
+        line-search) echo 25 ;;
         bench) echo $((seconds + 25)) ;; # a case that has begun is finished
         compiled) echo 50 ;;
         coreset) echo 60 ;;
@@ -132,6 +134,7 @@ command_of() {
         memcheck | racecheck) sanitize "$1" ;;
         graphs) echo "$python -m pyoptim.bench.gpu.graphs --out graphs.json" ;;
         asynchronous) echo "$python -m pyoptim.bench.gpu.asynchronous --out asynchronous.json" ;;
+        line-search) echo "$python -m pyoptim.bench.gpu.line_search --out line-search.json" ;;
         bench)
             echo "$bench --device cuda ${quick:+--quick} --reps 9 --seconds $seconds" \
                 "--out bench.json"

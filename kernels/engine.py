@@ -38,6 +38,7 @@ class DTypes(NamedTuple):
     param: tl.dtype
     state: tl.dtype
     vector: int  # elements in 16 bytes of the widest array; every array is read by this many
+    has_master: bool = False  # of a float32 copy, read in place of the parameter
 
     @property
     def compute(self) -> tl.dtype:
@@ -46,6 +47,10 @@ class DTypes(NamedTuple):
     @property
     def compute_torch(self) -> torch.dtype:
         return torch.float64 if self.param == tl.float64 else torch.float32
+
+    @property
+    def source(self) -> tl.dtype:
+        return tl.float32 if self.has_master else self.param
 
     def bytes_of(self, array: int) -> int:
         """The size of an element of param (0), grad (1) or a state."""
@@ -60,11 +65,15 @@ DTYPES = {
     "f16": DTypes(tl.float16, tl.float16, 8),
     "bf16_state32": DTypes(tl.uint16, tl.float32, 4),
     "f16_state32": DTypes(tl.float16, tl.float32, 4),
+    "bf16_master": DTypes(tl.uint16, tl.uint16, 4, True),
+    "f16_master": DTypes(tl.float16, tl.float16, 4, True),
+    "bf16_master_state32": DTypes(tl.uint16, tl.float32, 4, True),
+    "f16_master_state32": DTypes(tl.float16, tl.float32, 4, True),
 }
 
 
 @triton.jit
-def _pointer(address, ELEMENT: tl.constexpr, start, VECTOR: tl.constexpr):
+def pointer_to(address, ELEMENT: tl.constexpr, start, VECTOR: tl.constexpr):
     pointer = address.to(tl.pointer_type(ELEMENT)) + start
     if VECTOR > 1:
         # On the pointer, not on the integer: the hint does not survive the cast.
@@ -88,6 +97,7 @@ def _update_block(
     UNSCALES: tl.constexpr,
     CLIPS: tl.constexpr,
     HAS_SOURCES: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
 ):
     SOURCE: tl.constexpr = 2 + N_STATES if HAS_SOURCES else 0
     p = widen(tl.load(pointers[SOURCE] + offsets, mask=mask))
@@ -103,6 +113,8 @@ def _update_block(
         g = g * clip
     p, states = UPDATE(p, g, states, hyper, V)
     tl.store(pointers[0] + offsets, narrow(p, PARAM), mask=mask)
+    if HAS_MASTER:
+        tl.store(pointers[SOURCE] + offsets, p, mask=mask)
     for i in tl.static_range(N_STATES):
         tl.store(pointers[2 + i] + offsets, narrow(states[i], STATE), mask=mask)
 
@@ -130,12 +142,14 @@ def update_kernel(
     N_FIELDS: tl.constexpr,
     HYPER_STRIDE: tl.constexpr,
     PARAM: tl.constexpr,
+    SOURCE: tl.constexpr,
     STATE: tl.constexpr,
     COMPUTE: tl.constexpr,
     VECTOR: tl.constexpr,
     UNSCALES: tl.constexpr,
     CLIPS: tl.constexpr,
     HAS_SOURCES: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -163,12 +177,12 @@ def update_kernel(
     for i in tl.static_range(2 + N_STATES):
         address = tl.load(addresses + i * n_rows + row)
         if i < 2:
-            pointers += (_pointer(address, PARAM, start, VECTOR),)
+            pointers += (pointer_to(address, PARAM, start, VECTOR),)
         else:
-            pointers += (_pointer(address, STATE, start, VECTOR),)
+            pointers += (pointer_to(address, STATE, start, VECTOR),)
     if HAS_SOURCES:
         address = tl.load(addresses + (2 + N_STATES) * n_rows + row)
-        pointers += (_pointer(address, PARAM, start, VECTOR),)
+        pointers += (pointer_to(address, SOURCE, start, VECTOR),)
     lanes = tl.arange(0, BLOCK)
     full = left // BLOCK * BLOCK
     for begin in range(0, full, BLOCK):
@@ -188,6 +202,7 @@ def update_kernel(
             UNSCALES,
             CLIPS,
             HAS_SOURCES,
+            HAS_MASTER,
         )
     if full < left:
         offsets = full + lanes
@@ -206,6 +221,7 @@ def update_kernel(
             UNSCALES,
             CLIPS,
             HAS_SOURCES,
+            HAS_MASTER,
         )
 
 
@@ -236,6 +252,7 @@ def prepare_kernel(
     found_inf,  # float32 [1], or None
     hypers,  # COMPUTE, blocks of HYPER_STRIDE, output
     PREPARE: tl.constexpr,
+    COUNTS: tl.constexpr,
     N_HYPERS: tl.constexpr,
     N_FIELDS: tl.constexpr,
     MAX_HYPERS: tl.constexpr,
@@ -262,11 +279,11 @@ def prepare_kernel(
     fields = PREPARE(values, step, first)
     for i in tl.static_range(N_FIELDS):
         tl.store(hypers + row * HYPER_STRIDE + i, fields[i].to(COMPUTE), mask=mask)
-    counts = mask & (counter != 0)
-    tl.store(
-        counter.to(tl.pointer_type(tl.float32)), step.to(tl.float32), mask=counts & (is_double == 0)
-    )
-    tl.store(counter.to(tl.pointer_type(tl.float64)), step, mask=counts & (is_double != 0))
+    if COUNTS:
+        counts = mask & (counter != 0)
+        single = counter.to(tl.pointer_type(tl.float32))
+        tl.store(single, step.to(tl.float32), mask=counts & (is_double == 0))
+        tl.store(counter.to(tl.pointer_type(tl.float64)), step, mask=counts & (is_double != 0))
 
 
 _serials = itertools.count()
@@ -302,13 +319,16 @@ def update(
     cache: dict[Any, Any],
     has_sources: bool = False,
     rows: bytes = b"",
+    saved: bytes = b"",
+    sums: Tensor | None = None,
 ) -> None:
     """Updates rows that share a rule, a variant and a set of dtypes, on torch's current stream.
 
     Args:
         dtypes: a key of DTYPES.
         addresses: int64 [2 + n_states + has_sources][n]: param, grad, states, and where the
-            parameter is read from instead of from where it is written.
+            parameter is read from instead of from where it is written. With a master that is the
+            source, and takes what the parameter takes rounded.
         numels: int64 [n].
         hyper_index: int32 [n], which block of `hypers`; not read with `live_hypers`.
         hypers: [m] blocks of 96 bytes, the rule's C++ Hyper struct.
@@ -318,6 +338,7 @@ def update(
             captured from calls with it may be replayed.
         rows: int64 [2][n], TableRow::n_rows and inner, of a rule that projects; or empty, without
             rows.
+        saved, sums: of a rule that yields terms, as for `terms.update`.
     """
     if hasattr(RULES[rule], "projection"):
         from pyoptim.kernels import project
@@ -327,26 +348,29 @@ def update(
             *(live_hypers, inv_scale, grad_scale, clip, clip_at, found_inf, cache),
         )
         return
+    if hasattr(RULES[rule], "point"):
+        from pyoptim.kernels import terms
+
+        terms.update(
+            *(rule, variant, dtypes, device, addresses, numels, hyper_index, hypers, live_hypers),
+            *(inv_scale, grad_scale, clip, clip_at, found_inf, cache, has_sources, saved, sums),
+        )
+        return
     of_rule, types = RULES[rule], DTYPES[dtypes]
     n_arrays = 2 + of_rule.N_STATES[variant] + has_sources
     table = np.frombuffer(addresses, np.int64).reshape(n_arrays, -1)
     with launcher.on(device):
-        if live_hypers is None:
-            source = np.frombuffer(hypers, np.uint8)
-            blocks = upload(cache, "hypers", device, hypers, source.copy)
-        else:
-            hyper_index = b""
-            blocks = live_hypers
+        blocks, hyper_index = hyper_blocks(cache, device, types, hyper_index, hypers, live_hypers)
         sizes = [types.bytes_of(i) for i in range(n_arrays - has_sources)]
-        sizes += [types.bytes_of(0)] * has_sources
-        for part in _parts(cache, types, table, sizes, numels, hyper_index):
+        sizes += [types.source.primitive_bitwidth // 8] * has_sources
+        for part in parts_of(cache, types, table, sizes, numels, hyper_index, CHUNK):
             launcher.launch(
                 update_kernel,
                 (part.n_chunks,),
-                *_tables(cache, device, part, table, addresses),
+                *tables_of(cache, device, part, table, addresses),
                 len(part.rows),
                 part.n_chunks,
-                blocks.view(types.compute_torch),
+                blocks,
                 bits_of(inv_scale),
                 grad_scale,
                 bits_of(clip),
@@ -354,31 +378,57 @@ def update(
                 found_inf,
                 UNSCALES=grad_scale is not None or inv_scale != 1.0,
                 CLIPS=clip_at is not None or clip != 1.0,
+                UPDATE=of_rule.update,
                 HAS_SOURCES=has_sources,
-                **_constants(of_rule, variant, types, part.vector),
+                HAS_MASTER=types.has_master,
+                BLOCK=BLOCK // (2 if types.compute == tl.float64 else 1),
+                CHUNK=CHUNK,
+                **constants_of(of_rule, variant, types, part.vector),
             )
 
 
-def _constants(of_rule: Any, variant: int, types: DTypes, vector: int) -> dict[str, Any]:
-    """What a compiled update kernel is made for, but for the factors."""
+def add_up(sums: Tensor, n: int, total: Tensor) -> None:
+    """total = the first n of the sums, float64 as bytes, in the order of csrc/reduce/order.hpp."""
+    from pyoptim.kernels import reduce
+
+    reduce.norms(1, sums.view(torch.float64), [n], total.view(1))
+
+
+def hyper_blocks(
+    cache: dict[Any, Any],
+    device: torch.device,
+    types: DTypes,
+    hyper_index: bytes,
+    hypers: bytes,
+    live_hypers: Tensor | None,
+) -> tuple[Tensor, bytes]:
+    """The blocks in the type of the arithmetic, and which one each row has; empty: its own."""
+    if live_hypers is not None:
+        return live_hypers.view(types.compute_torch), b""
+    source = np.frombuffer(hypers, np.uint8)
+    blocks = upload(cache, "hypers", device, hypers, source.copy)
+    return blocks.view(types.compute_torch), hyper_index
+
+
+def constants_of(of_rule: Any, variant: int, types: DTypes, vector: int) -> dict[str, Any]:
+    """What the compiled kernels of a rule are made for, whatever it does with its arrays."""
     return {
-        "UPDATE": of_rule.update,
         "V": variant,
         "N_STATES": of_rule.N_STATES[variant],
         "N_FIELDS": of_rule.N_FIELDS,
         "HYPER_STRIDE": HYPER_BYTES // types.compute_torch.itemsize,
         "PARAM": types.param,
+        "SOURCE": types.source,
         "STATE": types.state,
         "COMPUTE": types.compute,
         "VECTOR": vector,
-        "BLOCK": BLOCK // (2 if types.compute == tl.float64 else 1),
-        "CHUNK": CHUNK,
     }
 
 
-def _tables(
+def tables_of(
     cache: dict[Any, Any], device: torch.device, part: _Part, table: Array, addresses: bytes
 ) -> tuple[Tensor, Tensor]:
+    """Addresses and layout of a part's rows, on the device."""
     # `part` is made anew where anything but the addresses changes.
     return (
         upload(
@@ -389,22 +439,30 @@ def _tables(
     )
 
 
-def _parts(
+def parts_of(
     cache: dict[Any, Any],
     types: DTypes,
     table: Array,
     sizes: list[int],
     numels: bytes,
     hyper_index: bytes,
+    chunk: int,
+    more: bytes = b"",
 ) -> list[_Part]:
-    """Rows that are aligned for whole vectors, and the others: a kernel for both would be slow."""
+    """Rows that are aligned for whole vectors, and the others: a kernel for both would be slow.
+
+    Args:
+        table, sizes: addresses [arrays][n], and the size of their elements.
+        more: int64 [n], a column of the layout behind the hyper-parameters' indices; or nothing.
+    """
     is_aligned = (table % (types.vector * np.array(sizes)[:, None]) == 0).all(axis=0)
-    key = (types, numels, hyper_index, is_aligned.tobytes(), BLOCK, CHUNK)
+    key = (types, numels, hyper_index, is_aligned.tobytes(), chunk, more)
     if cache.get("parts", (None,))[0] != key:
         numel = np.frombuffer(numels, np.int64)
         index = np.frombuffer(hyper_index, np.int32) if hyper_index else np.arange(len(numel))
+        columns = [numel, index, *([np.frombuffer(more, np.int64)] if more else [])]
         parts = [
-            _part(vector, np.flatnonzero((numel > 0) & rows), numel, index)
+            _part(vector, np.flatnonzero((numel > 0) & rows), columns, chunk)
             for vector, rows in ((types.vector, is_aligned), (1, ~is_aligned))
         ]
         cache["parts"] = key, [part for part in parts if part.n_chunks]
@@ -412,9 +470,9 @@ def _parts(
     return found
 
 
-def _part(vector: int, rows: Array, numel: Array, hyper_index: Array) -> _Part:
-    row, number = launcher.cut(numel[rows], CHUNK)
-    layout = np.concatenate([numel[rows], hyper_index[rows], row, number]).astype(np.int64)
+def _part(vector: int, rows: Array, columns: list[Array], chunk: int) -> _Part:
+    row, number = launcher.cut(columns[0][rows], chunk)
+    layout = np.concatenate([*(c[rows] for c in columns), row, number]).astype(np.int64)
     return _Part(vector, rows, layout, len(row))
 
 
@@ -466,6 +524,7 @@ def prepare(
             found_inf,
             hypers.view(compute_torch),
             PREPARE=of_rule.prepare,
+            COUNTS=getattr(of_rule, "WRITES_STATES", True),
             N_HYPERS=of_rule.N_HYPERS,
             N_FIELDS=of_rule.N_FIELDS,
             MAX_HYPERS=MAX_HYPERS,

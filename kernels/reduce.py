@@ -63,7 +63,7 @@ def _zeros(LANES: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def _halve(x):
+def halve(x):
     """The one sum left of 1024 lanes: the upper half is added to the lower.
 
     A sum of two numbers is the same in any order, whatever the compiler makes of it.
@@ -79,7 +79,7 @@ def _reduce_lanes(x, KIND: tl.constexpr):
         # No order changes a maximum.
         return tl.max(x, axis=0).to(tl.float64, bitcast=True)
     else:
-        return _halve(x)
+        return halve(x)
 
 
 @triton.jit
@@ -267,9 +267,9 @@ def row_sums_kernel(
     end = tl.minimum(begin + CHUNK, row_size.to(tl.int64))
     ab, aa, bb = _row_lanes(a, b, row, begin, end, n_rows, inner.to(tl.int64), CONTIGUOUS, LANES)
     to = out + chunk * by_chunk
-    tl.store(to, _halve(ab))
-    tl.store(to + by_sum, _halve(aa))
-    tl.store(to + 2 * by_sum.to(tl.int64), _halve(bb))
+    tl.store(to, halve(ab))
+    tl.store(to + by_sum, halve(aa))
+    tl.store(to + 2 * by_sum.to(tl.int64), halve(bb))
 
 
 @triton.jit(
@@ -289,7 +289,7 @@ def fold_rows_kernel(
     total = tl.zeros([LANES], tl.float64)
     for i in range(0, n_chunks, LANES):
         total += tl.load(first + i + lanes, mask=i + lanes < n_chunks, other=0.0)
-    tl.store(sums + row * 3 + tl.program_id(1), _halve(total))
+    tl.store(sums + row * 3 + tl.program_id(1), halve(total))
 
 
 def partials(

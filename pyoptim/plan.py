@@ -147,7 +147,8 @@ def run_staged(
     """Updates rows that have a kernel; no two of them share memory.
 
     Args:
-        total: takes the sum of a rule's terms, 0-dim float64 on the CPU; every row is then saved.
+        total: takes the sum of a rule's terms, 0-dim float64 on the one device of the rows; every
+            row is then saved.
     """
     native = backend.native()
     assert native is not None

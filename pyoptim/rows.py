@@ -49,8 +49,7 @@ class Row:
         of_states = {state.dtype for state in self.states}
         has_engine = self.backend in backend.ENGINES
         if self.master is not None:
-            is_fit = is_half and self.master.dtype == torch.float32
-            has_engine = self.backend == "cpu" and is_fit
+            has_engine = has_engine and is_half and self.master.dtype == torch.float32
         return has_engine and len(of_states) <= 1 and of_states <= dtypes
 
     @property

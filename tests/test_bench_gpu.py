@@ -33,6 +33,7 @@ compare = import_module(f"{PACKAGE}.gpu.compare")
 devices = import_module(f"{PACKAGE}.gpu.device")
 gpu_goals = import_module(f"{PACKAGE}.gpu.goals")
 graphs = import_module(f"{PACKAGE}.gpu.graphs")
+line_search = import_module(f"{PACKAGE}.gpu.line_search")
 plan = import_module(f"{PACKAGE}.gpu.plan")
 runner = import_module(f"{PACKAGE}.gpu.runner")
 scenarios = import_module(f"{PACKAGE}.gpu.scenarios")
@@ -443,7 +444,7 @@ def test_without_a_gpu_the_reason_is_said(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["--device", "cuda"]) == 1
     assert "torch finds no CUDA device" in capsys.readouterr().err
-    for module in (compare, graphs, asynchronous, tune):
+    for module in (compare, graphs, asynchronous, line_search, tune):
         assert module.main([]) == 2
         assert "torch finds no CUDA device" in capsys.readouterr().err
 
@@ -700,6 +701,18 @@ def test_every_way_of_stepping_can_be_made(optimizer):
     ways = [name for name, _ in asynchronous.steppers("cpu", optimizer, device.torch_device)]
     assert claims.count("does not wait") == len(ways) >= 2
     assert claims.count("allocates nothing") == len(ways) - (asynchronous.CLIP_BEFORE in ways)
+
+
+@pytest.mark.native
+def test_passes_of_a_line_search_are_measured_beside_a_copy():
+    device = HostDevice()
+    row = line_search.measure("cpu", workloads.parse("3x40"), device, reps=9)
+    assert set(row["seconds"]) == {"start", "trial", "finish", "plain", "copy"}
+    # The clock ticks once per reading: a pass takes as long as a copy of 8 bytes per element.
+    assert row["over_copy"]["trial"]["median"] == pytest.approx(8 / 16, rel=0.5)
+    found = line_search.check_search("cpu", device, FakeWatch())
+    assert found.has_passed, found.detail
+    assert "finish, cpu, 3 x 40 elements" in line_search.table([row], [found])
 
 
 # -- tuning ----------------------------------------------------------------------------------------

@@ -194,17 +194,28 @@ def with_plain_names(kernels: Iterable[Kernel]) -> list[Kernel]:
 
 @dataclass(frozen=True)
 class Instance:
-    """The template arguments of an update kernel."""
+    """The template arguments of an update kernel, or of one that adds up terms."""
 
     rule: str
     variant: int
     param: str
     state: str
+    source: str  # float where the parameter has a master
+    adds_up: bool = False
 
     @classmethod
     def of(cls, kernel: Kernel) -> "Instance | None":
-        found = re.match(r"update_kernel<(\w+)<\w+>, (\d), (\w+), (\w+)>", kernel.name)
-        return found and cls(found[1], int(found[2]), found[3], found[4])
+        found = re.match(
+            r"(update|sum)_kernel<(\w+)<\w+>, (\d), (\w+), (\w+)(?:, (\w+))?>", kernel.name
+        )
+        if found is None:
+            return None
+        _, rule, variant, param, state, source = found.groups()
+        return cls(rule, int(variant), param, state, source or param, found[1] == "sum")
+
+    @property
+    def has_master(self) -> bool:
+        return self.source != self.param
 
     @property
     def n_states(self) -> int:
@@ -215,20 +226,27 @@ class Instance:
         """Ascent saves the weight without a look at what it saved before."""
         return 0 if self.rule == "Ascent" else self.n_states
 
+    @property
+    def n_params_written(self) -> int:
+        """A trial saves what it read, unless there is a master."""
+        return 2 if self.adds_up and not self.has_master else 1
+
 
 @cache
 def state_counts(projecting: bool = False) -> dict[str, list[int]]:
     """Rule -> the number of its states by variant, from the headers of the rules that project rows,
     or of the others."""
-    counts = {}
+    counts, bases = {}, {}
     for path in (ROOT / "csrc" / "rules").glob("*.hpp"):
         text = path.read_text()
+        bases.update(re.findall(r"^struct (\w+) : (\w+)<T> \{", text, re.MULTILINE))
         if ("bool kProjectsBuffer[kVariants]" in text) != projecting:
             continue
         if found := re.search(r"int kStates\[kVariants\] = \{([\d, ]+)\}", text):
-            rule = re.search(r"^struct (\w+) \{", text, re.MULTILINE)
-            counts[rule[1]] = [int(n) for n in found[1].split(",")]
-    return counts
+            rule = re.findall(r"^struct (\w+) \{", text[: found.start()], re.MULTILINE)[-1]
+            counts[rule] = [int(n) for n in found[1].split(",")]
+    derived = {rule: counts[base] for rule, base in bases.items() if base in counts}
+    return {rule: n for rule, n in counts.items() if rule not in bases.values()} | derived
 
 
 # -- what is checked: each takes a kernel and returns what is wrong with it ------------------------
@@ -251,7 +269,7 @@ def needs_too_many_registers(kernel: Kernel) -> str | None:
     """Sums keep many partial results; of sixteen bytes, eight 16-bit or two float64 elements take
     as much room as two accesses to float32."""
     instance = Instance.of(kernel)
-    is_lean = instance is not None and instance.state == "float"
+    is_lean = instance is not None and instance.state == "float" and not instance.adds_up
     most = REGISTERS if is_lean else MOST_REGISTERS
     most = FILTER_REGISTERS if kernel.name in FILTERS else most
     return f"{kernel.registers} registers, not {most}" if kernel.registers > most else None
@@ -263,18 +281,21 @@ def uses_atomics(kernel: Kernel) -> str | None:
 
 
 def accesses_too_narrowly(kernel: Kernel) -> str | None:
-    """Wants one access per array that moves as many elements as 16 bytes of the widest array."""
+    """Wants one access per array that moves as many elements as 16 bytes of the widest array, and
+    where terms are added up four."""
     instance = Instance.of(kernel)
     if instance is None:
         return None
-    sizes = {name: ITEM_SIZES[name] for name in (instance.param, instance.state)}
-    widest = max(sizes.values())
+    names = (instance.param, instance.state, instance.source)
+    sizes = {name: ITEM_SIZES[name] for name in names}
+    n_elements = 4 if instance.adds_up else 16 // max(sizes.values())
     loads, stores = Counter[int](), Counter[int]()
     for element, n_loads, n_stores in (
-        (instance.param, 2, 1),  # param and grad
-        (instance.state, instance.n_states_read, instance.n_states),
+        (instance.source, 1, int(instance.has_master and not instance.adds_up)),
+        (instance.param, 1, instance.n_params_written),  # its gradient is read
+        (instance.state, instance.n_states_read, 0 if instance.adds_up else instance.n_states),
     ):
-        bits = 128 * sizes[element] // widest
+        bits = min(128, 8 * n_elements * sizes[element])
         loads[bits] += n_loads
         stores[bits] += n_stores
     wanted = [("LDG", bits, n) for bits, n in loads.items()]
@@ -392,13 +413,20 @@ def test_every_architecture_has_machine_code_and_the_newest_ptx(
 def test_every_rule_variant_and_set_of_dtypes_has_a_kernel(library: Path, archs: list[str]) -> None:
     pairs = [(p, p) for p in ITEM_SIZES] + [("Bf16", "float"), ("F16", "float")]
     wanted = {
-        Instance(rule, variant, param, state)
+        Instance(rule, variant, param, state, param, rule == "LineTrial")
         for rule, counts in state_counts().items()
         for variant, n_states in enumerate(counts)
         for param, state in pairs
         if n_states or param == state
     }
-    assert len(wanted) >= 52
+    wanted |= {
+        Instance(rule, variant, param, state, "float", rule == "LineTrial")
+        for rule in ("LineTrial", "LineStep")
+        for variant in range(6)
+        for param in ("Bf16", "F16")
+        for state in (param, "float")
+    }
+    assert len(wanted) >= 52 + 2 * 6 * 10 - 4
     everywhere = [*(machine_code(library, arch) for arch in archs), ptx(library)]
     for kernels in everywhere:
         assert wanted <= {Instance.of(kernel) for kernel in kernels}

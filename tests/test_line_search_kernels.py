@@ -889,20 +889,6 @@ def test_a_backend_that_was_asked_for_is_not_replaced() -> None:
     assert_same_bits(snapshot(owner), before)
 
 
-def test_engines_of_a_gpu_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, _, direction = ready()
-    monkeypatch.setattr(backend, "select", lambda *_: "triton")
-    monkeypatch.setattr(backend, "_said", set())
-    monkeypatch.setattr(
-        FusedDirection, "_reference", lambda self, why: pytest.fail(why), raising=True
-    )
-    with (
-        pytest.warns(RuntimeWarning, match="line searches have no triton kernels"),
-        pytest.raises(pytest.fail.Exception, match="triton"),
-    ):
-        direction.start(0.1)
-
-
 def test_copies_start_anew() -> None:
     params, owner, direction = ready()
     direction.start(0.1)

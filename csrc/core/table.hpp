@@ -93,7 +93,8 @@ struct TableRow : Elements {
   // Element i of row r of dimension 0 lies at (i / inner * n_rows + r) * inner + i % inner.
   int64_t n_rows;  // 0: never projected
   int64_t inner;
-  int32_t hyper;  // index of the HyperBlock
+  int32_t hyper;        // index of the HyperBlock
+  int64_t first_chunk;  // index of its first chunk among those of all rows of a step
 };
 
 }  // namespace pyoptim

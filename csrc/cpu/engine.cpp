@@ -13,10 +13,6 @@
 
 #include "cpu/chunks.hpp"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 namespace pyoptim::cpu {
 
 const KernelTable& kernels_baseline();

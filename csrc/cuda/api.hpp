@@ -12,7 +12,7 @@
 
 namespace pyoptim::gpu {
 
-constexpr int kApiVersion = 3;
+constexpr int kApiVersion = 4;
 
 // Where work goes. Every call is asynchronous, allocates nothing and can be captured in a graph.
 struct Queue {
@@ -35,18 +35,22 @@ struct GradFactors {
 
 // One update of rows that share a rule, a variant and a set of dtypes. No two rows share memory. Of
 // a rule that projects, n_rows and inner of a row are read too. With found_inf nothing is written:
-// a parameter with a source elsewhere stays as it is.
+// a parameter with a source elsewhere stays as it is. A rule that yields terms writes no states,
+// cannot unscale gradients, and keeps what it reads of a parameter in the row's saved, unless that
+// is null or there is a master.
 struct Update {
   RuleId rule;
   int32_t variant;
   DTypeSet dtypes;
-  // [n_rows]; of a row all but update, sum, unscale, saved and master is read.
-  const TableRow* const* rows;
+  const TableRow* const* rows;  // [n_rows]; of a row all but its kernels and master is read
   int64_t n_rows;
   const HyperBlock* hypers;       // host memory, indexed by row->hyper
   const HyperBlock* live_hypers;  // device memory, [n_rows] in the order of rows; or null
   GradFactors factors;
   void* workspace = nullptr;  // device memory, Api::workspace_bytes; its contents do not matter
+  // Device memory, for every chunk of reduce::kChunk elements the sum of the rule's terms, from a
+  // row's first_chunk on; or null. Norms of magnitudes add them up.
+  double* sums = nullptr;
 };
 
 // Where the hyper-parameters of one group are when a kernel has to read them.
@@ -63,7 +67,7 @@ struct LiveRow {
 };
 
 // counter += 1 and hypers[i] = Rule::prepare(the group's values, counter, counter == 1), unless
-// found_inf.
+// found_inf. A rule that writes no states leaves the counter as it is.
 struct Prepare {
   RuleId rule;
   bool is_double;           // arithmetic in float64

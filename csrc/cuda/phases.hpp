@@ -109,10 +109,10 @@ struct Place {
     first = is_contiguous ? row * items.row_size + begin : begin;
   }
 
-  // Elements of a tensor in the order of memory.
-  __device__ __forceinline__ Place(int64_t begin, int64_t numel)
+  // Elements of a tensor in the order of memory, to `end` but at most a chunk.
+  __device__ __forceinline__ Place(int64_t begin, int64_t end)
       : first(begin), row(0), n_rows(1), inner(1), is_contiguous(true) {
-    size = static_cast<int>(numel - begin < kChunk ? numel - begin : kChunk);
+    size = static_cast<int>(end - begin < kChunk ? end - begin : kChunk);
   }
 
   __device__ __forceinline__ int64_t at(int i) const {

@@ -111,24 +111,45 @@ class Bucket {
     if (is_live) live_rows_.push_back({counter.data, group, counter.is_double});
   }
 
-  // memory is a pyoptim.gpu.Memory; slot tells this bucket from the others of its plan.
+  // memory is a pyoptim.gpu.Memory; slot tells this bucket from the others of its plan. sums: memory
+  // of the device for the sums of chunks, or None.
   void launch(const Rule& rule,
               const HyperCache& hypers,
               const LiveGroups& live,
               const StepFactors& factors,
               const py::object& memory,
-              int slot) const {
+              int slot,
+              const py::object& sums) const {
     const StepFactors::OnDevice on = factors.on(device);
     const py::object blocks =
         is_live ? memory.attr("workspace")(slot, rows_.size() * kHyperBytes, device) : py::none();
     if (backend == Backend::cuda) {
-      launch_cuda(rule, hypers, live, factors, on, blocks, memory, slot);
+      launch_cuda(rule, hypers, live, factors, on, blocks, memory, slot, sums);
     } else {
-      launch_triton(rule, hypers, live, factors, on, blocks, memory, slot);
+      launch_triton(rule, hypers, live, factors, on, blocks, memory, slot, sums);
+    }
+  }
+
+  // total: [1] float64 on the device, the sum of the first n of the float64 numbers in sums.
+  void add_up(const py::object& sums,
+              int64_t n,
+              double* total_at,
+              const py::object& total,
+              const py::object& memory) const {
+    if (backend == Backend::cuda) {
+      const gpu::Norms work = {
+          reduce::Kind::magnitudes, data_of<double>(sums), &n, 1, total_at};
+      gpu::check(gpu::api().norms(queue(memory), work));
+    } else {
+      memory.attr("triton").attr("add_up")(sums, n, total);
     }
   }
 
  private:
+  gpu::Queue queue(const py::object& memory) const {
+    return {device < 0 ? 0 : device, py::cast<uint64_t>(memory.attr("stream")(device))};
+  }
+
   void launch_cuda(const Rule& rule,
                    const HyperCache& hypers,
                    const LiveGroups& live,
@@ -136,9 +157,9 @@ class Bucket {
                    const StepFactors::OnDevice& on,
                    const py::object& blocks,
                    const py::object& memory,
-                   int slot) const {
-    const gpu::Queue queue = {device < 0 ? 0 : device,
-                              py::cast<uint64_t>(memory.attr("stream")(device))};
+                   int slot,
+                   const py::object& sums) const {
+    const gpu::Queue queue = this->queue(memory);
     const int64_t n_rows = static_cast<int64_t>(rows_.size());
     const float* const found_inf = data_of<float>(on.found_inf);
     auto* const live_hypers = const_cast<HyperBlock*>(data_of<HyperBlock>(blocks));
@@ -157,12 +178,14 @@ class Bucket {
         rule.id, variant, dtypes, rows_.data(), n_rows, hypers.blocks().data(), live_hypers, {}};
     update.factors.inv_scale = factors.inv_scale;
     update.factors.grad_scale = data_of<float>(on.grad_scale);
+    update.factors.clip = on.clip.is_none() ? factors.clip : 1.0;
     update.factors.clip_at = data_of<double>(on.clip);
     update.factors.found_inf = found_inf;
     const int64_t n_bytes = gpu::api().workspace_bytes(update);
     const py::object workspace =
         n_bytes > 0 ? memory.attr("workspace")(-1 - slot, n_bytes, device) : py::none();
     update.workspace = const_cast<char*>(data_of<char>(workspace));
+    update.sums = const_cast<double*>(data_of<double>(sums));
     gpu::check(gpu::api().update(queue, update));
   }
 
@@ -173,7 +196,8 @@ class Bucket {
                      const StepFactors::OnDevice& on,
                      const py::object& blocks,
                      const py::object& memory,
-                     int slot) const {
+                     int slot,
+                     const py::object& sums) const {
     const py::object engine = memory.attr("triton"), place = memory.attr("device")(device);
     const py::object cache = memory.attr("cache")(slot);
     if (is_live) prepare_triton(engine, rule, live, on, blocks, place, cache);
@@ -192,12 +216,14 @@ class Bucket {
                           blocks,
                           factors.inv_scale,
                           on.grad_scale,
-                          1.0,
+                          on.clip.is_none() ? factors.clip : 1.0,
                           on.clip,
                           on.found_inf,
                           cache,
                           has_sources,
-                          as_bytes(list_dimensions()));
+                          as_bytes(list_dimensions()),
+                          rule.yields_term ? as_bytes(list_saved()) : py::bytes(),
+                          sums);
   }
 
   bool reads_sources() const {
@@ -266,6 +292,14 @@ class Bucket {
     std::vector<int64_t> found;
     for (const TableRow* row : rows_) found.push_back(row->n_rows);
     for (const TableRow* row : rows_) found.push_back(row->inner);
+    return found;
+  }
+
+  // saved, or 0, and first_chunk of all rows.
+  std::vector<int64_t> list_saved() const {
+    std::vector<int64_t> found;
+    for (const TableRow* row : rows_) found.push_back(reinterpret_cast<int64_t>(row->saved));
+    for (const TableRow* row : rows_) found.push_back(row->first_chunk);
     return found;
   }
 

@@ -49,7 +49,7 @@ struct Row : StepRow {
     if (has_counter_ && !counter.bind(held[n_given].ptr(), is_live, view)) return false;
     remember_layout(view);
     if (n_states > 0) state_width = item_size(states[0].dtype);
-    return is_reachable(backend, view) && !(has_master && backend != Backend::cpu) &&
+    return is_reachable(backend, view) &&
            prepare_row(rule, variant, view, states, has_master, &table_row, dtypes);
   }
 
@@ -183,7 +183,7 @@ class Plan {
     return scaled_step(param_groups, state, 1.0, 1.0, none, sources, none, none, none);
   }
 
-  // The factors are as in Work::start; sum as in sum_memory.
+  // The factors are as in Work::start; sum as in SumPlace.
   bool scaled_step(const py::list& param_groups,
                    const py::object& state,
                    double inv_scale,
@@ -199,10 +199,12 @@ class Plan {
     stepped_.clear();
     live_grads_.clear();
     lists_ = {PlanLists::or_null(sources), PlanLists::or_null(grads), PlanLists::or_null(saved)};
-    sum_at_ = sum_memory(work_.rule(), sum);
+    sum_ = SumPlace(work_.rule(), sum);
     const bool collected =
-        is_valid(param_groups, state.ptr()) && collect(param_groups, inv_scale, clip, devices);
-    if (collected && (sum_at_ || !work_.empty())) launch();
+        is_valid(param_groups, state.ptr()) && collect(param_groups, inv_scale, clip, devices) &&
+        (!sum_ || work_.can_sum(sum_));
+    if (collected && (sum_ || !work_.empty())) launch();
+    sum_ = SumPlace();
     grads_.clear();
     return collected;
   }
@@ -317,11 +319,11 @@ class Plan {
     const int64_t bytes = row.table_row.numel * item_size(grad.dtype);
     if (written_.overlaps(storage, grad.data, bytes) || !find_source(row, bytes)) return false;
     row.table_row.saved = nullptr;
-    if (sum_at_ && !find_copy(listed(lists_.saved, row), row, bytes, &row.table_row.saved))
+    if (sum_ && !find_copy(listed(lists_.saved, row), row, bytes, &row.table_row.saved))
       return false;
     row.table_row.grad = grad.data;
     stepped_.push_back(&row);
-    return work_.add(&row) && (!sum_at_ || row.has_sum());
+    return work_.add(&row) && (!sum_ || row.has_sum());
   }
 
   bool find_source(Row& row, int64_t bytes) const {
@@ -356,13 +358,13 @@ class Plan {
     const bool keeps_gil = work_.host_elements() < kKeepGilElements;
     for (size_t i = 0; !keeps_gil && i < live_grads_.size(); ++i) grads_.hold(live_grads_[i]);
     bump_versions(work_.factors().unscales());
-    work_.launch_gpu();
+    work_.launch_gpu(sum_);
     running_ = true;
     if (keeps_gil) {
-      work_.run_cpu(sum_at_);
+      work_.run_cpu(sum_);
     } else {
       const py::gil_scoped_release unlocked;
-      work_.run_cpu(sum_at_);
+      work_.run_cpu(sum_);
     }
     running_ = false;
     for (Row* row : stepped_) {
@@ -406,7 +408,7 @@ class Plan {
   std::vector<Row*> stepped_;
   std::vector<symbols::Tensor> live_grads_;  // borrowed from the parameters
   PlanLists lists_ = {};                     // of this step; the caller's
-  double* sum_at_ = nullptr;                 // of this step
+  SumPlace sum_;                             // of this step
   const py::object params_key_ =
       py::reinterpret_steal<py::object>(PyUnicode_InternFromString("params"));
 };

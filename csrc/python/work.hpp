@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <limits>
 #include <new>
 #include <string>
 #include <utility>
@@ -112,11 +113,33 @@ struct StepRow {
   bool is_live = false;    // kernels read and advance its counter
   bool is_double = false;  // arithmetic in float64
 
-  // Whether the CPU engine can add up the terms of this row, and save what it reads.
+  // Whether an engine can add up the terms of this row, and save what it reads.
   bool has_sum() const {
     const bool is_kept = table_row.saved || table_row.master || table_row.numel == 0;
-    return bucket < 0 && table_row.sum && is_kept;
+    return (bucket >= 0 || table_row.sum) && is_kept;
   }
+};
+
+// Where the sum of a rule's terms goes: one float64 number on the device of the rows, or nowhere.
+struct SumPlace {
+  py::object tensor = py::none();
+  double* at = nullptr;
+  int32_t device = -1;  // CUDA index, or -1: the CPU's memory
+
+  SumPlace() = default;
+  SumPlace(const Rule& rule, const py::object& sum) : tensor(sum) {
+    if (sum.is_none()) return;
+    TensorView view;
+    if (!rule.yields_term || !is_tensor(sum.ptr()) || !view_of(sum.ptr(), &view) ||
+        view.dtype != DType::f64 || view.numel != 1 || !(view.is_cpu || view.cuda >= 0) ||
+        !view.data) {
+      throw py::value_error(
+          "sum must be one float64 number on the device of the rows, of a rule that yields terms");
+    }
+    at = static_cast<double*>(view.data);
+    device = view.cuda;
+  }
+  explicit operator bool() const { return at != nullptr; }
 };
 
 class Work {
@@ -149,6 +172,7 @@ class Work {
              double clip,
              const py::object& devices) {
     table_.clear();
+    n_chunks_ = 0;
     for (Bucket& bucket : buckets_) bucket.clear();
     read_factors(inv_scale, clip, devices);
     read_groups(param_groups);
@@ -183,9 +207,22 @@ class Work {
     if (row->bucket < 0) {
       table_.add(row->table_row, row->counter);
     } else {
+      row->table_row.first_chunk = n_chunks_;
+      n_chunks_ += reduce::n_chunks(row->table_row.numel);
       buckets_[row->bucket].add(row->table_row, row->counter, row->group);
     }
     return true;
+  }
+
+  // Whether one engine has all rows, on the device of the sum.
+  bool can_sum(const SumPlace& sum) const {
+    const Bucket* const first = first_bucket();
+    if (!first) return sum.device < 0;
+    const auto is_elsewhere = [&](const Bucket& bucket) {
+      return !bucket.empty() &&
+             (bucket.backend != first->backend || bucket.device != sum.device);
+    };
+    return table_.rows.empty() && std::none_of(buckets_.begin(), buckets_.end(), is_elsewhere);
   }
 
   bool empty() const {
@@ -194,17 +231,24 @@ class Work {
   }
 
   // Needs the GIL; the devices work on after it.
-  void launch_gpu() const {
+  void launch_gpu(const SumPlace& sum) const {
+    const Bucket* const first = first_bucket();
+    if (!first) return;
+    const size_t n_bytes = sizeof(double) * std::max<int64_t>(n_chunks_, 1);
+    const py::object sums =
+        sum ? memory_.attr("workspace")(kSumSlot, n_bytes, sum.device) : py::none();
     for (size_t slot = 0; slot < buckets_.size(); ++slot) {
       const Bucket& bucket = buckets_[slot];
       if (bucket.empty()) continue;
       const LiveGroups live = bucket.is_live ? live_groups(bucket.device) : LiveGroups();
-      bucket.launch(rule_, hypers_, live, factors_, memory_, static_cast<int>(slot));
+      bucket.launch(rule_, hypers_, live, factors_, memory_, static_cast<int>(slot), sums);
     }
+    if (sum) first->add_up(sums, n_chunks_, sum.at, sum.tensor, memory_);
   }
 
-  // sum_at: as for Table::run.
-  void run_cpu(double* sum_at) const {
+  // Does not need the GIL.
+  void run_cpu(const SumPlace& sum) const {
+    double* const sum_at = first_bucket() ? nullptr : sum.at;
     table_.run(hypers_, factors_.inv_scale, rule_.writes_states, sum_at);
   }
 
@@ -219,6 +263,17 @@ class Work {
   }
 
  private:
+  // Of the workspaces; buckets have those from 0 on, and from -1 down.
+  static constexpr int kSumSlot = std::numeric_limits<int>::min();
+
+  // One with rows of this step, null without rows of a GPU engine.
+  const Bucket* first_bucket() const {
+    for (const Bucket& bucket : buckets_) {
+      if (!bucket.empty()) return &bucket;
+    }
+    return nullptr;
+  }
+
   void read_factors(double inv_scale, double clip, const py::object& devices) {
     factors_.inv_scale = inv_scale;
     factors_.clip = clip;
@@ -276,6 +331,7 @@ class Work {
   std::vector<HyperReader> readers_;
   Table table_;
   std::vector<Bucket> buckets_;
+  int64_t n_chunks_ = 0;  // of the buckets' rows
   StepFactors factors_;
   std::vector<Keeps> keeps_;         // [group]
   std::vector<char> needs_device_;   // [group]: only a live row can be stepped
@@ -289,7 +345,7 @@ struct GivenRow : StepRow {
     const int variant = work->variant(group);
     const py::tuple given = fields[2];
     const int n_states = work->rule().n_states[variant], n_given = static_cast<int>(given.size());
-    if (n_given < n_states || n_given > n_states + (backend == Backend::cpu)) return false;
+    if (n_given < n_states || n_given > n_states + 1) return false;
     if (!dlpack::view(py::object(fields[0]).ptr(), &param) ||
         !dlpack::view(py::object(fields[1]).ptr(), &grad)) {
       return false;
@@ -330,17 +386,6 @@ struct GivenRow : StepRow {
   }
 };
 
-// Where the sum of a rule's terms goes: a float64 number in the CPU's memory, or nowhere.
-inline double* sum_memory(const Rule& rule, const py::object& sum) {
-  if (sum.is_none()) return nullptr;
-  TensorView view;
-  if (!rule.yields_term || !is_tensor(sum.ptr()) || !view_of(sum.ptr(), &view) ||
-      view.dtype != DType::f64 || view.numel != 1 || !view.is_cpu || !view.data) {
-    throw py::value_error("sum must be one float64 number on the CPU, of a rule that yields terms");
-  }
-  return static_cast<double*>(view.data);
-}
-
 // One update of tensors given explicitly, all of one memory layout per row and no memory shared
 // between rows. rows: (param, grad, (states..., master if any), step or None, group, first, engine,
 // live, source or None, saved or None); the rest as Plan::step.
@@ -353,7 +398,7 @@ inline void run_rows(const std::string& rule_name,
                      const py::object& memory,
                      const py::object& sum) {
   Work work(find_rule(rule_name), memory);
-  double* const sum_at = sum_memory(work.rule(), sum);
+  const SumPlace to(work.rule(), sum);
   std::vector<GivenRow> given(rows.size());
   for (size_t i = 0; i < rows.size(); ++i) {
     given[i].group = py::cast<int>(rows[i][4]);
@@ -367,16 +412,19 @@ inline void run_rows(const std::string& rule_name,
     if (!given[i].read(rows[i], &work)) {
       throw py::value_error("run_rows: the tensors of a row have no kernel together");
     }
-    if (sum_at && !given[i].has_sum()) {
+    if (to && !given[i].has_sum()) {
       throw py::value_error("run_rows: a row has no kernel that adds up, or nothing to save into");
     }
   }
-  work.launch_gpu();
+  if (to && !work.can_sum(to)) {
+    throw py::value_error("run_rows: the sum is not where all rows are");
+  }
+  work.launch_gpu(to);
   for (const GivenRow& row : given) {
     if (row.bucket >= 0 && work.rule().writes_states) row.counter.advance();
   }
   const py::gil_scoped_release unlocked;  // the caller's tuples hold the tensors
-  work.run_cpu(sum_at);
+  work.run_cpu(to);
 }
 
 }  // namespace pyoptim

@@ -14,6 +14,11 @@ A rule that projects has in place of `update`
     projection(hyper)               -> (eps, step_size, decay, projected_decay, delta)
     READS_GRAD, PROJECTS_BUFFER     of every variant V, as in csrc/rules/projection.hpp
 
+A rule that yields terms has in place of `update`
+
+    point(p, g, states, hyper, V)   -> (new param, a, b), whose product in float64 is the term
+    WRITES_STATES = False           its states are read only, and its steps not counted
+
 and repeats the operations of the C++ header in their order: the results must agree in every bit.
 """
 

@@ -1,7 +1,6 @@
 """A trial point of a line search and its term of the slope, as in csrc/rules/line_trial.hpp.
 
-Its states are never written; `update` gives them back as they were, for engines that write them all
-the same.
+Its states are never written, and its steps not counted.
 """
 
 import triton
@@ -29,9 +28,3 @@ def point(p, g, states, hyper, V: tl.constexpr):
     g = hyper[0] * g
     d = direction(g, average(g, states, hyper, V), hyper, V)
     return moved(p, d, hyper), g, hyper[9] * d
-
-
-@triton.jit
-def update(p, g, states, hyper, V: tl.constexpr):
-    p, _, _ = point(p, g, states, hyper, V)
-    return p, states

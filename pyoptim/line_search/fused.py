@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from pyoptim import backend
 from pyoptim.factors import Factors
+from pyoptim.gpu import index_of
 from pyoptim.optimizer import FusedOptimizer
 from pyoptim.plan import Staged, make_plan, run_staged, threads_that_exist
 from pyoptim.rows import Row, checked_rows, fill_states, is_dtensor, share_memory
@@ -36,7 +37,7 @@ class _Search:
     grads: list[Tensor | None]  # those of `start`
     versions: list[int]  # of the gradients
     saved: list[Tensor | None]  # by `params`; None without gradient, or where there is a master
-    factor: float
+    factors: Factors
     former: list[tuple[Tensor, dict[str, Any] | None]]  # state that `start` has added to
     eta: float = 0.0  # of the trial point that the parameters are at; 0: they are as they were
 
@@ -61,8 +62,10 @@ class FusedDirection:
     A search ends with one of `finish`, `accept` and `undo`, and the gradients must not be written
     before. The saved weights, of the size of the parameters, stay allocated between steps.
 
-    What no kernel can run (sparse gradients, shards of DTensors, memory that parameters share,
-    engines of a GPU for now) is left to `ReferenceDirection`, the whole step of it.
+    On a GPU no call waits for the device, but where a gradient factor is a tensor on another one.
+
+    What no kernel can run (sparse gradients, shards of DTensors, memory that parameters share, a
+    search over several devices) is left to `ReferenceDirection`, the whole step of it.
 
     Args:
         optimizer: its `param_groups` and `state` are read at every call, and its `backend` and
@@ -90,11 +93,12 @@ class FusedDirection:
 
         Args:
             eta: step size.
-            grad_factor: multiplies every gradient, here and in the later calls of this search.
+            grad_factor: multiplies every gradient, here and in the later calls of this search. A
+                tensor on the parameters' device stays there; it may be written to afterwards.
 
         Returns:
-            The sum of r*<g, d> over all rows, 0-dim float64. The same bits for any number of
-            threads and any instruction set.
+            The sum of r*<g, d> over all rows, 0-dim float64, on the parameters' device. The same
+            bits for any number of threads, any instruction set and any engine.
 
         Raises:
             RuntimeError: a gradient, a parameter or a state cannot be used, or the former search
@@ -102,14 +106,15 @@ class FusedDirection:
             ValueError: eta or grad_factor is no number, or an option of a group is none.
         """
         self._check_idle("start()")
-        eta, factor = _finite("eta", eta), float(grad_factor)
+        eta = _finite("eta", eta)
         params = [p for group in self._optimizer.param_groups for p in group["params"]]
         grads = [p.grad for p in params]
-        search = _Search(params, grads, _versions(grads), self._copies(params), factor, [])
-        slope = torch.zeros((), dtype=torch.float64)
+        factors = self._factors(grad_factor, grads)
+        search = _Search(params, grads, _versions(grads), self._copies(params), factors, [])
+        slope = torch.empty((), dtype=torch.float64, device=_device_of_sum(grads))
         self._trial.set_options(eta, as_trial=True)
         try:
-            if not self._trial.run(factor, grads=grads, saved=search.saved, total=slope):
+            if not self._trial.run(factors, grads=grads, saved=search.saved, total=slope):
                 self._start_anew(search, slope)
         except _Unfit as error:
             slope = self._reference(str(error)).start(eta, grad_factor)
@@ -191,11 +196,14 @@ class FusedDirection:
         Args and raises: as `start`.
         """
         self._check_idle("plain()")
-        eta, factor = _finite("eta", eta), float(grad_factor)
+        eta, grads = _finite("eta", eta), []
+        if isinstance(grad_factor, Tensor):
+            grads = [p.grad for group in self._optimizer.param_groups for p in group["params"]]
+        factors = self._factors(grad_factor, grads)
         self._step.set_options(eta)
         try:
-            if not self._step.run(factor):
-                self._step.run_anew(factor)
+            if not self._step.run(factors):
+                self._step.run_anew(factors)
         except _Unfit as error:
             self._reference(str(error), for_search=False).plain(eta, grad_factor)
 
@@ -213,7 +221,7 @@ class FusedDirection:
         try:
             self._step.fill(search.grads)
             self._make_copies(search)
-            self._trial.run_anew(search.factor, search.grads, saved=search.saved, total=slope)
+            self._trial.run_anew(search.factors, search.grads, saved=search.saved, total=slope)
         except BaseException:
             self._put_back(former)
             raise
@@ -236,13 +244,13 @@ class FusedDirection:
                 "alone in trials (no zero_grad(set_to_none=False), no backward())"
             )
         sources, grads = search.saved, search.grads
-        if own.run(search.factor, grads=grads, sources=sources):
+        if own.run(search.factors, grads=grads, sources=sources):
             return
         params = [p for group in self._optimizer.param_groups for p in group["params"]]
         if not _are_same(params, search.params):
             raise RuntimeError("parameters were added or removed during a line search")
         try:
-            own.run_anew(search.factor, grads, sources=sources)
+            own.run_anew(search.factors, grads, sources=sources)
         except _Unfit as error:
             raise RuntimeError(
                 f"parameters or state changed during a line search: {error}"
@@ -267,6 +275,24 @@ class FusedDirection:
             elif grad is not None and not _is_like(copy, param):
                 self._saved[param] = torch.empty_like(param, memory_format=torch.preserve_format)
             search.saved[i] = self._saved.get(param)
+
+    def _factors(self, factor: float | Tensor, grads: list[Tensor | None]) -> Factors:
+        """The factor as a number, or where a GPU engine runs as a copy on each device."""
+        if not isinstance(factor, Tensor):
+            return Factors(clip=float(factor))
+        if factor.numel() != 1:
+            raise ValueError(f"grad_factor must be one number, got shape {tuple(factor.shape)}")
+        devices = {grad.device for grad in grads if grad is not None}
+        choice = getattr(self._optimizer, "backend", None) or backend.chosen()
+        is_on_gpu = factor.is_cuda or choice in backend.GPU_ENGINES
+        if not is_on_gpu or {d.type for d in devices} != {factor.device.type}:
+            return Factors(clip=float(factor))
+        return Factors(
+            devices={
+                index_of(d): (None, None, factor.detach().to(d, torch.float64, copy=True))
+                for d in devices
+            }
+        )
 
     def _check_idle(self, what: str) -> None:
         if self._search is not None:
@@ -349,7 +375,7 @@ class _Pass(FusedOptimizer):
 
     def run(
         self,
-        factor: float,
+        factors: Factors,
         grads: list[Tensor | None] | None = None,
         sources: list[Tensor | None] | None = None,
         saved: list[Tensor | None] | None = None,
@@ -358,7 +384,7 @@ class _Pass(FusedOptimizer):
         """Makes the pass by the plan of the last one; False, and nothing happened, if it cannot.
 
         Args:
-            factor: multiplies the gradients.
+            factors: what multiplies the gradients.
             grads: in the place of the parameters' own, by parameter.
             sources: copies that parameters are read from.
             saved: takes what the parameters were, if `total` takes the sum of the terms.
@@ -368,7 +394,8 @@ class _Pass(FusedOptimizer):
         if self._plan_choice != self.backend:
             return False
         made: bool = self._plan.scaled_step(
-            *(self.param_groups, self.state, 1.0, factor, None, sources, grads, saved, total)
+            *(self.param_groups, self.state, 1.0, factors.clip, factors.devices),
+            *(sources, grads, saved, total),
         )
         return made
 
@@ -399,7 +426,7 @@ class _Pass(FusedOptimizer):
 
     def run_anew(
         self,
-        factor: float,
+        factors: Factors,
         grads: list[Tensor | None] | None = None,
         sources: list[Tensor | None] | None = None,
         saved: list[Tensor | None] | None = None,
@@ -415,10 +442,10 @@ class _Pass(FusedOptimizer):
                 i = places[id(row.key)]
                 row.source = _copy_of(row, sources[i] if sources else None)
                 row.saved = saved[i] if saved else None
+            if total is not None and {row.param.device for row in rows} - {total.device}:
+                raise _Unfit("its parameters lie on several devices")
             staged = [Staged(row, with_grad=False) for row in rows]
-            run_staged(
-                self.rule, self.param_groups, staged, Factors(clip=factor), self._memory, total
-            )
+            run_staged(self.rule, self.param_groups, staged, factors, self._memory, total)
             if not any(s.is_copied for s in staged):
                 self._plan = make_plan(self, rows)
                 self._plan_epoch, self._plan_choice = backend.current_epoch(), self.backend
@@ -462,15 +489,16 @@ def _options(group: Group, eta: float, as_trial: bool) -> Group:
 
 
 def _check_fit(row: Row) -> None:
-    if row.backend in backend.GPU_ENGINES:
-        backend._say_once(
-            f"line searches have no {row.backend} kernels yet; the plain-PyTorch reference runs"
-        )
-        raise _Unfit(f"the {row.backend} engine has no kernels for it yet")
-    if row.backend != "cpu" or row.param.is_complex():
+    if row.backend not in backend.ENGINES or row.param.is_complex():
         raise _Unfit(f"{row.place} has no kernel")
     if is_dtensor(row.key):
         raise _Unfit(f"{row.place} is a DTensor")
+
+
+def _device_of_sum(grads: list[Tensor | None]) -> torch.device:
+    """Where an engine could have all of these gradients."""
+    device = next((grad.device for grad in grads if grad is not None), torch.device("cpu"))
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def _copy_of(row: Row, copy: Tensor | None) -> Tensor | None:

@@ -179,6 +179,7 @@ class TableRow(Structure):
         ("n_rows", c_int64),
         ("inner", c_int64),
         ("hyper", c_int32),
+        ("first_chunk", c_int64),
     )
 
 
@@ -193,6 +194,7 @@ class Update(Structure):
         ("live_hypers", c_void_p),
         ("factors", GradFactors),
         ("workspace", c_void_p),
+        ("sums", c_void_p),
     )
 
 
@@ -309,7 +311,8 @@ class Api(Structure):
 @dataclass(frozen=True)
 class Row:
     """One tensor to be updated; `hyper` is an index into the blocks of hyper-parameters, `source`
-    a copy that is read in place of the parameter."""
+    a copy that is read in place of the parameter, `saved` takes what is read, and `first_chunk` is
+    where in the sums its own begin."""
 
     param: Tensor
     grad: Tensor
@@ -318,6 +321,8 @@ class Row:
     n_rows: int = 0
     inner: int = 0
     source: Tensor | None = None
+    saved: Tensor | None = None
+    first_chunk: int = 0
 
 
 @dataclass(frozen=True)
@@ -374,11 +379,13 @@ class Emulator:
         is_live: bool = False,
         device: int = 0,
         stream: int = 0,
+        sums: Tensor | None = None,
     ) -> int:
         """Updates the rows; returns the number of launches.
 
         Args:
             hypers: uint8 [n, 96]; with `is_live` one per row, in device memory.
+            sums: float64, takes the sum of the terms of every chunk.
         """
         f = factors or Factors()
         table = [self._table_row(row) for row in rows]
@@ -395,6 +402,7 @@ class Emulator:
         n_bytes = self.api.workspace_bytes(ctypes.byref(work))
         workspace = torch.full((n_bytes + GUARD_BYTES,), 0xAA, dtype=torch.uint8)
         work.workspace = workspace.data_ptr() if n_bytes else None
+        work.sums = _address(sums)
         before = self.api.launches()
         self.call("update", work, device, stream)
         assert (workspace[n_bytes:] == 0xAA).all(), "memory beside the workspace was written"
@@ -405,9 +413,16 @@ class Emulator:
         states = (c_void_p * MAX_STATES)(*(state.data_ptr() for state in row.states))
         source = row.param if row.source is None else row.source
         return TableRow(
-            *(row.param.data_ptr(), source.data_ptr()),
-            *(row.grad.data_ptr(), states, row.param.numel()),
-            *(None, None, None, row.n_rows, row.inner, row.hyper),
+            param=row.param.data_ptr(),
+            source=source.data_ptr(),
+            grad=row.grad.data_ptr(),
+            state=states,
+            saved=_address(row.saved),
+            numel=row.param.numel(),
+            n_rows=row.n_rows,
+            inner=row.inner,
+            hyper=row.hyper,
+            first_chunk=row.first_chunk,
         )
 
     def prepare(

@@ -141,7 +141,7 @@ FAULTS: dict[str, tuple[str, str, str, str, Callable[[Emulator], None]]] = {
         *("rest = end + (begin - end) % kVector + kVector;", "update_Sgd", check_update),
     ),
     "no tail": (
-        *("cuda/update.cu", "update_range<Rule, V, P, S, 1>(arrays, h, by, rest, end);", ""),
+        *("cuda/update.cu", "update_range<Rule, V, P, S, M, 1>(arrays, h, by, rest, end);", ""),
         *("update_Sgd", check_update),
     ),
     "the last row of a table is not found": (

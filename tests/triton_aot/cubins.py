@@ -24,6 +24,8 @@ FilterJob = tuple[str, bool]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CPU = torch.device("cpu")
 ARCHS = (80, 90, 100, 120)
+# Without a master copy of the parameter.
+PLAIN_SETS = tuple(name for name, types in engine.DTYPES.items() if not types.has_master)
 # Rule, variant, dtypes, is aligned, with live factors and parameters that are read from copies.
 UpdateJob = tuple[str, int, str, bool, bool]
 
@@ -111,17 +113,30 @@ def update_jobs(arch: int) -> list[UpdateJob]:
     The rest would take two thirds of the time and has never differed in more than registers. The
     live factors and copies add the same instructions to every rule: one of them stands for all.
     """
-    is_sample = arch != 90 and os.environ.get("PYOPTIM_TRITON_AOT") != "all"
-    sets = ["f32", "bf16_state32"] if is_sample else list(engine.DTYPES)
+    is_all = os.environ.get("PYOPTIM_TRITON_AOT") == "all"
+    sets = ["f32", "bf16_state32"] if arch != 90 and not is_all else list(PLAIN_SETS)
     jobs = [
         (rule, variant, dtypes, is_aligned, False)
         for rule, module in engine.RULES.items()
-        if not hasattr(module, "projection")
+        if not (hasattr(module, "projection") or rule.startswith("line_"))
         for variant in range(len(module.N_STATES))
         for dtypes in sets
         for is_aligned in (True, False)
     ]
     return jobs + [("adam", 1, d, is_aligned, True) for d in sets for is_aligned in (True, False)]
+
+
+def line_jobs(arch: int) -> list[UpdateJob]:
+    """Steps and trials of a line search; of a trial with live factors the one that adds up.
+
+    Two variants, with every set of dtypes for sm_90: the others leave out what these two have.
+    """
+    jobs = [("line_step", 5, "f32", True, False), ("line_trial", 5, "f32", True, True)]
+    if arch != 90:
+        return jobs
+    jobs += [("line_step", 3, d, True, False) for d in engine.DTYPES if d not in PLAIN_SETS]
+    jobs += [("line_trial", 3, d, True, True) for d in engine.DTYPES]
+    return [*jobs, *(("line_trial", 3, "f32", *flags) for flags in ((True, False), (False, True)))]
 
 
 def job_name(job: UpdateJob) -> str:
@@ -143,6 +158,25 @@ def compile_update(job: UpdateJob, arch: int) -> list[Code]:
             *(bytes(4), bytes(96), torch.zeros(96, dtype=torch.uint8) if is_live else None),
             *(1.0, float32 if is_live else None, 1.0, float64 if is_live else None),
             *(float32 if is_live else None, {}, is_live),
+        )
+
+    return compile_calls(job_name(job), arch, call)
+
+
+def compile_line(job: UpdateJob, arch: int) -> list[Code]:
+    rule, variant, dtypes, is_aligned, is_live = job
+    types = engine.DTYPES[dtypes]
+    n_arrays = 2 + engine.RULES[rule].N_STATES[variant] + types.has_master
+    addresses = torch.full((n_arrays,), 4096 if is_aligned else 4096 + types.bytes_of(0))
+    saved = torch.tensor([0 if types.has_master or not is_live else 4096, 0])
+    clip, sums = torch.ones(1, dtype=torch.float64), torch.zeros(8, dtype=torch.uint8)
+
+    def call() -> None:
+        engine.update(
+            *(rule, variant, dtypes, CPU, addresses.numpy().tobytes()),
+            *(torch.tensor([100]).numpy().tobytes(), bytes(4), bytes(96), None),
+            *(1.0, None, 1.0, clip if is_live else None, None, {}, types.has_master),
+            *(b"", saved.numpy().tobytes(), sums if is_live else None),
         )
 
     return compile_calls(job_name(job), arch, call)

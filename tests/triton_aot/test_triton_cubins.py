@@ -18,6 +18,7 @@ from cubins import (
     compile_calls,
     filter_jobs,
     job_name,
+    line_jobs,
     project_jobs,
     update_jobs,
 )
@@ -41,6 +42,7 @@ def compiled() -> dict[str, list[Code]]:
     jobs: list[tuple[str, Callable[..., list[Code]], tuple[Any, ...]]] = []
     for arch in ARCHS:
         jobs += [("update", cubins.compile_update, (job, arch)) for job in update_jobs(arch)]
+        jobs += [("line", cubins.compile_line, (job, arch)) for job in line_jobs(arch)]
         jobs += [("project", cubins.compile_project, (job, arch)) for job in project_jobs(arch)]
         jobs += [("prepare", cubins.compile_prepare, (rule, arch)) for rule in engine.RULES]
         jobs += [
@@ -103,10 +105,15 @@ def lacks_wide_access(code: Code) -> bool:
 
 
 def test_every_kernel_is_compiled_for_every_architecture(compiled: dict[str, list[Code]]) -> None:
-    rules = [rule for rule in engine.RULES.values() if not hasattr(rule, "projection")]
+    rules = [
+        rule
+        for name, rule in engine.RULES.items()
+        if not (hasattr(rule, "projection") or name.startswith("line_"))
+    ]
     n_variants = sum(len(rule.N_STATES) for rule in rules)
     n_sets = 6 * len(ARCHS) if os.environ["PYOPTIM_TRITON_AOT"] == "all" else 6 + 2 * 3
     assert len(compiled["update"]) == (n_variants + 1) * n_sets * 2
+    assert len(compiled["line"]) == sum(len(line_jobs(arch)) for arch in ARCHS)
     assert len(compiled["prepare"]) == 2 * len(engine.RULES) * len(ARCHS)
     # Short rows are checked in one launch, long ones too; those are summed, folded and written.
     n_phases = 2 + 2 + 3 + 1 + 1 + 1
@@ -157,12 +164,14 @@ def test_sweeps_of_rules_that_project_access_four_elements_at_once(
 def test_aligned_arrays_are_accessed_by_16_bytes(compiled: dict[str, list[Code]]) -> None:
     codes = [c for c in compiled["update"] if " aligned" in c.name]
     assert offenders(codes, lacks_wide_access) == []
-    codes = [c for c in compiled["arrays"] if " aligned" in c.name]
+    codes = [c for c in of(compiled, "arrays", "line") if " aligned" in c.name]
     assert offenders(codes, lambda code: not has_wide_access(code)) == []
+    codes = [c for c in compiled["line"] if " f32 aligned" in c.name]
+    assert offenders(codes, lacks_wide_access) == []
 
 
 def test_unaligned_arrays_are_accessed_by_element(compiled: dict[str, list[Code]]) -> None:
-    codes = [c for c in of(compiled, "update", "arrays") if " unaligned" in c.name]
+    codes = [c for c in of(compiled, "update", "arrays", "line") if " unaligned" in c.name]
     assert offenders(codes, has_wide_access) == []
     assert offenders(codes, lambda code: code.count_instructions(r"(LDG|STG)\.E\.128") > 0) == []
 
@@ -176,9 +185,9 @@ def test_no_kernel_uses_atomics(compiled: dict[str, list[Code]]) -> None:
 
 
 def test_arithmetic_is_rounded_as_on_the_cpu(compiled: dict[str, list[Code]]) -> None:
-    """No fused multiply-add, approximation or flushed subnormal but in the powers of Adam and
-    Expectigrad, whose float64 exp2 and log2 are made of such."""
-    with_powers = ("prepare adam", "prepare expectigrad")
+    """No fused multiply-add, approximation or flushed subnormal but in the powers of Adam,
+    Expectigrad and line searches, whose float64 exp2 and log2 are made of such."""
+    with_powers = ("prepare adam", "prepare expectigrad", "prepare line_")
     codes = [c for c in of(compiled, *compiled) if not any(p in c.name for p in with_powers)]
     assert offenders(codes, lambda code: code.count(f"{FUSED}|{INEXACT}") > 0) == []
     # ptxas would fuse too; where no division or root hides it, the machine code shows that it did
@@ -243,12 +252,12 @@ def test_the_checks_notice_approximations_barriers_and_atomics() -> None:
 def test_the_checks_notice_a_wrong_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     """Vectors for arrays that are not aligned, and none for those that are."""
     job = ("adam", 0, "f32", False, False)
-    monkeypatch.setattr(engine, "_parts", forced_vector(engine._parts, 4))
+    monkeypatch.setattr(engine, "parts_of", forced_vector(engine.parts_of, 4))
     [code] = cubins.compile_update(job, 90)
     assert has_wide_access(code)
     assert code.count_instructions(r"LDG\.E\.128") > 0
     monkeypatch.undo()
-    monkeypatch.setattr(engine, "_parts", forced_vector(engine._parts, 1))
+    monkeypatch.setattr(engine, "parts_of", forced_vector(engine.parts_of, 1))
     [code] = cubins.compile_update(("adam", 0, "f32", True, False), 90)
     assert lacks_wide_access(code)
 

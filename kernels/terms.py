@@ -1,0 +1,227 @@
+"""The update of a rule that yields terms: it keeps what it reads of the parameters, and adds up the
+terms in the order of csrc/reduce/order.hpp. It writes no states.
+
+Semantics: struct Update in csrc/cuda/api.hpp.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pyoptim.kernels import launcher, reduce
+from pyoptim.kernels.elements import float64_of, narrow, widen
+from pyoptim.kernels.engine import (
+    DTYPES,
+    constants_of,
+    hyper_blocks,
+    parts_of,
+    pointer_to,
+    tables_of,
+)
+from pyoptim.kernels.launcher import bits_of
+from pyoptim.kernels.reduce import halve
+from pyoptim.kernels.rules import RULES
+
+# A thread then has 4 of the 1024 lanes, and as many elements of every array at once.
+NUM_WARPS = 8
+
+
+@triton.jit
+def _block(
+    pointers,
+    offsets,
+    mask,
+    hyper,
+    clip,
+    POINT: tl.constexpr,
+    V: tl.constexpr,
+    N_STATES: tl.constexpr,
+    PARAM: tl.constexpr,
+    CLIPS: tl.constexpr,
+    SAVES: tl.constexpr,
+):
+    """Returns the terms, in float64."""
+    source = tl.load(pointers[2 + N_STATES] + offsets, mask=mask)
+    g = widen(tl.load(pointers[1] + offsets, mask=mask))
+    states = ()
+    for i in tl.static_range(N_STATES):
+        states += (widen(tl.load(pointers[2 + i] + offsets, mask=mask)),)
+    if CLIPS:
+        g = g * clip
+    p, a, b = POINT(widen(source), g, states, hyper, V)
+    tl.store(pointers[0] + offsets, narrow(p, PARAM), mask=mask)
+    if SAVES:  # the bits as they were read
+        tl.store(pointers[3 + N_STATES] + offsets, source, mask=mask)
+    return a.to(tl.float64) * b.to(tl.float64)
+
+
+@triton.jit(
+    do_not_specialize=["clip_bits", "n_rows", "n_chunks"],
+    do_not_specialize_on_alignment=[
+        *("addresses", "layout", "hypers", "clip_at", "found_inf", "sums")
+    ],
+)
+def terms_kernel(
+    addresses,  # int64 [4 + N_STATES][n_rows]: param, grad, states, source, saved
+    # int64: numel [n_rows], hyper [n_rows], first chunk [n_rows], row [n_chunks], number in row
+    # [n_chunks]
+    layout,
+    n_rows,
+    n_chunks,
+    hypers,  # COMPUTE, blocks of HYPER_STRIDE
+    clip_bits: tl.int64,
+    clip_at,  # float64 [1], or None
+    found_inf,  # float32 [1], or None
+    sums,  # float64, or None
+    POINT: tl.constexpr,
+    V: tl.constexpr,
+    N_STATES: tl.constexpr,
+    N_FIELDS: tl.constexpr,
+    HYPER_STRIDE: tl.constexpr,
+    PARAM: tl.constexpr,
+    SOURCE: tl.constexpr,
+    STATE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    CLIPS: tl.constexpr,
+    SAVES: tl.constexpr,
+    LANES: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    of_chunk = layout + 3 * n_rows + tl.program_id(0)
+    row = tl.load(of_chunk)
+    number = tl.load(of_chunk + n_chunks)
+    start = number * CHUNK
+    left = tl.minimum(tl.load(layout + row) - start, CHUNK).to(tl.int32)
+    is_made = True
+    if found_inf is not None:
+        is_made = tl.load(found_inf) == 0
+        left = tl.where(is_made, left, 0)
+    clip = float64_of(clip_bits)
+    if clip_at is not None:
+        clip = tl.load(clip_at)
+    clip = clip.to(COMPUTE)
+    block = hypers + tl.load(layout + n_rows + row) * HYPER_STRIDE
+    hyper = ()
+    for i in tl.static_range(N_FIELDS):
+        hyper += (tl.load(block + i),)
+
+    pointers = ()
+    for i in tl.static_range(4 + N_STATES):
+        address = tl.load(addresses + i * n_rows + row)
+        if i < 2 or i == 3 + N_STATES:
+            pointers += (pointer_to(address, PARAM, start, VECTOR),)
+        elif i == 2 + N_STATES:
+            pointers += (pointer_to(address, SOURCE, start, VECTOR),)
+        else:
+            pointers += (pointer_to(address, STATE, start, VECTOR),)
+    lanes = tl.arange(0, LANES)
+    total = tl.zeros([LANES], tl.float64)
+    full = left // LANES * LANES
+    for begin in range(0, full, LANES):
+        offsets = begin + lanes
+        total += _block(
+            pointers,
+            offsets,
+            None,
+            hyper,
+            clip,
+            POINT,
+            V,
+            N_STATES,
+            PARAM,
+            CLIPS,
+            SAVES,
+        )
+    if full < left:
+        offsets = full + lanes
+        mask = offsets < left
+        terms = _block(
+            pointers,
+            offsets,
+            mask,
+            hyper,
+            clip,
+            POINT,
+            V,
+            N_STATES,
+            PARAM,
+            CLIPS,
+            SAVES,
+        )
+        total += tl.where(mask, terms, 0.0)
+    if sums is not None:
+        to = sums + tl.load(layout + 2 * n_rows + row) + number
+        tl.store(to, halve(total), mask=is_made)
+
+
+def update(
+    rule: str,
+    variant: int,
+    dtypes: str,
+    device: torch.device,
+    addresses: bytes,
+    numels: bytes,
+    hyper_index: bytes,
+    hypers: bytes,
+    live_hypers: Tensor | None,
+    inv_scale: float,
+    grad_scale: Tensor | None,
+    clip: float,
+    clip_at: Tensor | None,
+    found_inf: Tensor | None,
+    cache: dict[Any, Any],
+    has_sources: bool,
+    saved: bytes,
+    sums: Tensor | None,
+) -> None:
+    """Updates rows of a rule that yields terms, on torch's current stream.
+
+    Args:
+        saved: int64 [2][n]: addresses that take what is read of the parameter, or 0 where nothing
+            does, and where in the sums those of a row begin.
+        sums: uint8 on `device`, takes as float64 the sum of the terms of every chunk; or None.
+        Others as for `engine.update`.
+
+    Raises:
+        ValueError: gradients would be unscaled, which is to write them.
+    """
+    if grad_scale is not None or inv_scale != 1.0:
+        raise ValueError(f"an update of rule {rule} cannot unscale gradients")
+    of_rule, types = RULES[rule], DTYPES[dtypes]
+    n_states = of_rule.N_STATES[variant]
+    table = np.frombuffer(addresses, np.int64).reshape(2 + n_states + has_sources, -1)
+    kept, first_chunk = np.frombuffer(saved, np.int64).reshape(2, -1)
+    source = table[-1] if has_sources else table[0]
+    table = np.concatenate([table[: 2 + n_states], [source, kept]])
+    sizes = [types.bytes_of(i) for i in range(2 + n_states)]
+    sizes += [types.source.primitive_bitwidth // 8, types.bytes_of(0)]
+    with launcher.on(device):
+        blocks, hyper_index = hyper_blocks(cache, device, types, hyper_index, hypers, live_hypers)
+        columns = (numels, hyper_index, reduce.CHUNK, first_chunk.tobytes())
+        for part in parts_of(cache, types, table, sizes, *columns):
+            launcher.launch(
+                terms_kernel,
+                (part.n_chunks,),
+                *tables_of(cache, device, part, table, table.tobytes()),
+                len(part.rows),
+                part.n_chunks,
+                blocks,
+                bits_of(clip),
+                clip_at,
+                found_inf,
+                None if sums is None else sums.view(torch.float64),
+                POINT=of_rule.point,
+                CLIPS=clip_at is not None or clip != 1.0,
+                SAVES=bool(kept[part.rows].any()),
+                LANES=reduce.LANES,
+                CHUNK=reduce.CHUNK,
+                num_warps=NUM_WARPS,
+                **constants_of(of_rule, variant, types, part.vector),
+            )
