@@ -434,8 +434,11 @@ __device__ __forceinline__ void settle_row(const Certify& work,
   __syncthreads();
 }
 
+// Two blocks per multiprocessor: without a number ptxas keeps to 64 registers, which are not
+// enough.
 template <class E>
-__global__ void __launch_bounds__(kThreads) certify_kernel(const Certify __grid_constant__ work) {
+__global__ void __launch_bounds__(kThreads, 2)
+    certify_kernel(const Certify __grid_constant__ work) {
   PYOPTIM_SHARED(double, scores, kQuads);
   PYOPTIM_SHARED(int64_t, columns, kQuads);
   PYOPTIM_SHARED(int, is_open, kQuads);
