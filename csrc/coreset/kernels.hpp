@@ -100,7 +100,7 @@ struct ColumnMedians {
   const int64_t* rows;   // which rows [n], or null: 0, 1, ...
   int64_t n;             // at least 1
   int64_t first, width;  // columns
-  float* copy;           // [n][width rounded up to 16]
+  float* copy;           // [width rounded up to 16, and 1][n + 16], written before it is read
   double* out;           // [width]
   int64_t nan_row;       // the first of the n that holds a NaN, -1 when there is none
 };
@@ -115,6 +115,7 @@ struct Kernels {
   ScoreKernel to_center[4];                              // sqdist; y is float64
   void (*step_center)(CenterStep* work);
   void (*column_medians)(ColumnMedians* work);
+  double median_share;  // of the copy that is written, about
   // Multiply-adds of whole vectors in registers, for the peak that benchmarks compare with: as many
   // of float32 as are returned.
   int64_t (*multiply_registers)(int64_t rounds);

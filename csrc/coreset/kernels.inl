@@ -1,4 +1,7 @@
 // The coreset kernels; included once per instruction set.
+#include <cmath>
+#include <utility>
+
 #include "coreset/kernels.hpp"
 #include "cpu/simd.hpp"
 
@@ -656,6 +659,20 @@ int64_t find_nan_row(const ColumnMedians& work) {
   return -1;
 }
 
+}  // namespace
+}  // namespace pyoptim::coreset
+
+#include "coreset/medians_avx512.inl"
+
+namespace pyoptim::coreset {
+namespace {
+
+#if defined(__AVX512F__)
+template <class E>
+void column_medians_typed(ColumnMedians* work) {
+  BlockMedians<E>(work).run();
+}
+#else
 template <class E>
 void column_medians_typed(ColumnMedians* work) {
   work->nan_row = -1;
@@ -679,6 +696,7 @@ void column_medians_typed(ColumnMedians* work) {
     std::memcpy(work->out + at, medians, width * sizeof(double));
   }
 }
+#endif
 
 void column_medians(ColumnMedians* work) {
   if (work->dtype == DType::f32) return column_medians_typed<float>(work);
@@ -701,6 +719,11 @@ Kernels make_kernels(const char* isa) {
   kernels.to_center[static_cast<int>(DType::f16)] = score<Score::sqdist, F16, double>;
   kernels.step_center = step_center;
   kernels.column_medians = column_medians;
+#if defined(__AVX512F__)
+  kernels.median_share = 1.0 / 3;
+#else
+  kernels.median_share = 1;
+#endif
   kernels.multiply_registers = multiply_registers;
   return kernels;
 }
