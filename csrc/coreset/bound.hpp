@@ -64,9 +64,7 @@ constexpr double kUnit = 5.9604644775390625e-08;  // u
 constexpr double kDouble = 4.44e-16;              // two units of float64
 
 // gamma_K of K roundings.
-inline double gamma_of(double roundings) {
-  return roundings * kUnit / (1 - roundings * kUnit);
-}
+inline double gamma_of(double roundings) { return roundings * kUnit / (1 - roundings * kUnit); }
 
 class Bound {
  public:

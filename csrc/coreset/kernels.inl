@@ -9,9 +9,9 @@ namespace pyoptim::coreset {
 namespace {
 
 constexpr int kLanes = kVectorBytes / sizeof(float);
-// A tile: kStrip rows of x by kVectors vectors of columns; as many sums as leave registers for a row
-// of the panel and an element of x. With AVX-512, 6 x 64 and 12 x 32 both multiply at 97 to 99 % of
-// the FMA peak of Zen 5; 6 x 64 has fewer rows to compare.
+// A tile: kStrip rows of x by kVectors vectors of columns; as many sums as leave registers for a
+// row of the panel and an element of x. With AVX-512, 6 x 64 and 12 x 32 both multiply at 97 to 99
+// % of the FMA peak of Zen 5; 6 x 64 has fewer rows to compare.
 #if defined(__AVX512F__)
 constexpr int kStrip = 6, kVectors = 4;
 #elif defined(__AVX2__)
@@ -59,8 +59,7 @@ PYOPTIM_HD uint32_t lanes_at_most(FloatV a, FloatV b) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LE_OQ);
 #elif defined(__AVX2__)
-  return static_cast<uint32_t>(
-      _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LE_OQ)));
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LE_OQ)));
 #elif defined(__x86_64__)
   return static_cast<uint32_t>(_mm_movemask_ps(_mm_cmple_ps((__m128)a, (__m128)b)));
 #else
@@ -197,8 +196,8 @@ int64_t multiply_registers(int64_t rounds) {
   return total[0] < 100.0f ? rounds * kSums * kLanes : 0;
 }
 
-// Writes the values whose bits are set to the end of a list, where there is room for a whole vector,
-// and returns the new end.
+// Writes the values whose bits are set to the end of a list, where there is room for a whole
+// vector, and returns the new end.
 PYOPTIM_HD Candidate* append(Candidate* end, FloatV values, uint32_t bits, int32_t first_column) {
 #if defined(__AVX512F__)
   // Without a branch: how many there are cannot be foreseen.
@@ -334,8 +333,8 @@ PYOPTIM_HD void add_partial(float* partial, bool is_first, bool is_last, Tile* t
 
 // Settles tiles behind the multiplication: a tile is compared while the next one is multiplied, and
 // its columns are kept while the one after that is. What a processor has in flight then never waits
-// for the last products of a tile, and it knows early whether a row keeps a column, a branch that is
-// often mispredicted.
+// for the last products of a tile, and it knows early whether a row keeps a column, a branch that
+// is often mispredicted.
 class Pipeline {
  public:
   explicit Pipeline(const Scan& work) : work_(work), ahead_(work.ahead) {}

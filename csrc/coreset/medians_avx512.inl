@@ -1,11 +1,12 @@
-// Medians of columns with AVX-512: one read of the rows, in which every column keeps only the values
-// within a bracket around its median; included once per instruction set.
+// Medians of columns with AVX-512: one read of the rows, in which every column keeps only the
+// values within a bracket around its median; included once per instruction set.
 //
 // The bracket comes from a sample of the rows: of kSample values, those kMargin places below and
 // above the middle. The median of all is within it but for some 1 in 10^4 columns, which are read
-// again. A block of 16 rows and 16 columns is transposed in registers, so that a vector holds values
-// of one column and what is within the bracket is compressed to the end of the column's list. The
-// lists, about a third of the values, are narrowed in the same way until few values are left.
+// again. A block of 16 rows and 16 columns is transposed in registers, so that a vector holds
+// values of one column and what is within the bracket is compressed to the end of the column's
+// list. The lists, about a third of the values, are narrowed in the same way until few values are
+// left.
 #pragma once
 
 #include "coreset/medians.inl"
@@ -134,8 +135,7 @@ inline Middle rank_few(const Wanted& w) {
                           static_cast<uint32_t>(_mm512_cmp_ps_mask(second, x, _CMP_LT_OQ)) << 16;
     const uint32_t equal = _mm512_cmp_ps_mask(first, x, _CMP_EQ_OQ) |
                            static_cast<uint32_t>(_mm512_cmp_ps_mask(second, x, _CMP_EQ_OQ)) << 16;
-    const int64_t rank =
-        __builtin_popcount(less) + __builtin_popcount(equal & ((1u << i) - 1));
+    const int64_t rank = __builtin_popcount(less) + __builtin_popcount(equal & ((1u << i) - 1));
     if (rank == w.rank) found.low = w.values[i];
     if (rank == w.last) found.high = w.values[i];
   }
@@ -330,14 +330,17 @@ class BlockMedians {
       for (int64_t i = 0; i < work_.n; ++i) values[i] = load(row(i)[c]);
     }
     const int64_t n = is_within ? found.kept : work_.n, below = is_within ? found.below : 0;
-    const Middle ends = is_within && work_.n >= kSampledRows ? Middle{lows_[c], highs_[c]} : extremes(values, n);
+    const Middle ends =
+        is_within && work_.n >= kSampledRows ? Middle{lows_[c], highs_[c]} : extremes(values, n);
     const Middle middle =
         select_middle({values, scratch, n, rank - below, last - below, ends.low, ends.high});
     const double low = middle.low, high = middle.high;
     return low == high ? low : 0.5 * (low + high);
   }
 
-  int64_t padded_width() const { return (work_.width + kMedianLanes - 1) / kMedianLanes * kMedianLanes; }
+  int64_t padded_width() const {
+    return (work_.width + kMedianLanes - 1) / kMedianLanes * kMedianLanes;
+  }
 
   ColumnMedians& work_;
   int64_t ld_;  // of the columns' lists

@@ -417,7 +417,9 @@ class Task {
     scan.n_rows = padded_;
     scan.d = search_.d;
     scan.partial = space_.partial.get();
-    scan.rows = {space_.thresholds.get(), space_.lowest.get(), space_.slacks.get(),
+    scan.rows = {space_.thresholds.get(),
+                 space_.lowest.get(),
+                 space_.slacks.get(),
                  space_.n_candidates.get()};
     scan.candidates = space_.candidates.get();
     scan.capacity = work_.capacity;
@@ -469,7 +471,8 @@ class Task {
 
   Candidate* list(int64_t i) const { return space_.candidates.get() + i * work_.capacity; }
 
-  // Forgets those of n candidates that the threshold has ruled out since; returns how many are left.
+  // Forgets those of n candidates that the threshold has ruled out since; returns how many are
+  // left.
   int32_t drop_ruled_out(int64_t i, int32_t n) {
     Candidate* const list = this->list(i);
     const float threshold = space_.thresholds[i];
