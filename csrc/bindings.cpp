@@ -190,7 +190,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("rules", [] {
     std::vector<std::string> names;
 #define PYOPTIM_NAME(R) names.push_back(R<float>::kName);
-    PYOPTIM_FOR_EACH_CPU_RULE(PYOPTIM_NAME)
+    PYOPTIM_FOR_EACH_RULE(PYOPTIM_NAME)
 #undef PYOPTIM_NAME
     return names;
   });

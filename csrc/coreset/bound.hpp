@@ -48,7 +48,7 @@ enum class Metric : int { sqdist = 0, ip = 1, cosine = 2 };
 struct BlockBound {
   Metric metric;
   int64_t d;
-  double roundings;  // K
+  double gamma;  // gamma_K
   double scale;
   double largest;      // max b_j
   double center_norm;  // |c|
@@ -62,6 +62,9 @@ struct RowBound {
 
 constexpr double kUnit = 5.9604644775390625e-08;  // u
 constexpr double kDouble = 4.44e-16;              // two units of float64
+
+// gamma_K of K roundings.
+inline double gamma_of(double roundings) { return roundings * kUnit / (1 - roundings * kUnit); }
 
 class Bound {
  public:
@@ -91,9 +94,8 @@ class Bound {
 
  private:
   double error(double b) const {
-    const double a = row_.norm, product = block_.roundings * kUnit;
-    const double gamma = product / (1 - product);
-    return (gamma * a * b + kUnit * (a * b + b * b)) * (1 + 1e-6) + tiny(a, b);
+    const double a = row_.norm;
+    return (block_.gamma * a * b + kUnit * (a * b + b * b)) * (1 + 1e-6) + tiny(a, b);
   }
 
   // |x'.y' + score|, scaled and without x'.c, for ip and cosine. The rows of cosine are multiplied
@@ -116,10 +118,9 @@ class Bound {
   RowBound row_;
 };
 
-// Rounded up to float32; NaN stays NaN.
+// A float32 number that is not smaller, and hardly larger; NaN stays NaN.
 inline float round_up(double x) {
-  const float near = static_cast<float>(x);
-  return near < x ? std::nextafter(near, std::numeric_limits<float>::infinity()) : near;
+  return static_cast<float>(x * (x < 0 ? 1 - 0x1p-22 : 1 + 0x1p-22) + 0x1p-124);
 }
 
 }  // namespace pyoptim::coreset

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "coreset/memory.hpp"
@@ -86,7 +87,7 @@ void center_sqdist(
 
 namespace {
 
-// What a task copies stays in the second-level cache while it is counted, pass after pass.
+// What a task copies stays in the second-level cache while it is read again.
 constexpr int64_t kCopyBytes = 1 << 20;
 constexpr int64_t kFewestColumns = 16;
 
@@ -106,11 +107,15 @@ struct MedianTask {
 
 class Medians {
  public:
-  explicit Medians(const Groups& groups) : groups_(groups) {
+  explicit Medians(const Groups& groups) : groups_(groups), kernels_(active_kernels()) {
+    copies_.reserve(cpu::num_threads() + 1);  // so that giving back cannot fail
     for (int64_t g = 0, from = 0; g < groups.n_groups; from = groups.ends[g++]) {
       const int64_t n = groups.ends[g] - from;
-      const int64_t fitting = kCopyBytes / (4 * (n + 1)) / kFewestColumns * kFewestColumns;
-      const int64_t width = std::clamp(fitting, kFewestColumns, kMedianColumns);
+      const double column_bytes = kernels_.median_share * 4 * static_cast<double>(n + 1);
+      const auto fitting = static_cast<int64_t>(kCopyBytes / column_bytes);
+      const int64_t width =
+          std::clamp(fitting / kFewestColumns * kFewestColumns, kFewestColumns, kMedianColumns);
+      copy_size_ = std::max(copy_size_, copy_size(n, std::min(width, groups.d)));
       for (int64_t c = 0; c < groups.d; c += width)
         tasks_.push_back({g, from, n, c, std::min(width, groups.d - c)});
     }
@@ -133,9 +138,22 @@ class Medians {
   }
 
  private:
+  static int64_t copy_size(int64_t n, int64_t width) {
+    const int64_t padded = (width + kFewestColumns - 1) / kFewestColumns * kFewestColumns;
+    return (padded + 1) * (n + 16);
+  }
+
+  // Tasks take turns with copies: memory fresh from the system would cost more than a task.
+  Scratch<float> take_copy() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (copies_.empty()) return Scratch<float>(copy_size_);
+    Scratch<float> copy = std::move(copies_.back());
+    copies_.pop_back();
+    return copy;
+  }
+
   void count(const MedianTask& task, double* out) {
-    const int64_t padded = (task.width + kFewestColumns - 1) / kFewestColumns * kFewestColumns;
-    const Scratch<float> copy(task.n * padded);
+    Scratch<float> copy = take_copy();
     const Rows& x = groups_.x;
     ColumnMedians work = {x.rows ? x.data : x.at(task.from),
                           x.dtype,
@@ -147,8 +165,10 @@ class Medians {
                           copy.get(),
                           out,
                           -1};
-    active_kernels().column_medians(&work);
+    kernels_.column_medians(&work);
     if (work.nan_row >= 0) report(x.index(task.from + work.nan_row));
+    const std::lock_guard<std::mutex> lock(mutex_);
+    copies_.push_back(std::move(copy));
   }
 
   // float64 columns, one after the other.
@@ -170,7 +190,10 @@ class Medians {
   }
 
   const Groups& groups_;
+  const Kernels& kernels_;
   std::vector<MedianTask> tasks_;
+  std::vector<Scratch<float>> copies_;
+  int64_t copy_size_ = 0;
   int64_t nan_row_ = -1;
   std::mutex mutex_;
 };

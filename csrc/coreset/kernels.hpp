@@ -18,7 +18,7 @@ namespace pyoptim::coreset {
 constexpr int64_t kDepth = 512;
 
 // The widest panel of any instruction set; a row may gain so many candidates at once.
-constexpr int kMaxColumns = 32;
+constexpr int kMaxColumns = 64;
 
 // A column that the filter could not rule out.
 struct Candidate {
@@ -29,13 +29,14 @@ struct Candidate {
 // Columns whose medians one call finds at most.
 constexpr int64_t kMedianColumns = 256;
 
-// What the filter knows of a row of x.
-struct RowState {
-  float threshold;  // columns above it are ruled out; NaN rules out all
-  float lowest;     // the smallest value so far
-  float slack;      // twice the error bound of a value
-  int32_t n_candidates;
+// What the filter knows of rows of x. Room for kMaxRowLanes more follows the last row.
+struct RowStates {
+  float* thresholds;  // columns above it are ruled out; NaN rules out all
+  float* lowest;      // the smallest value so far
+  float* slacks;      // what a competitor's value can be above the smallest
+  int32_t* n_candidates;
 };
+constexpr int64_t kMaxRowLanes = 16;
 
 // Rows of x as the filter reads them: x * scale - center, rounded to float32.
 struct PackRows {
@@ -59,13 +60,16 @@ struct Scan {
   int64_t ld, n_rows, d;    // n_rows: a multiple of the strip
   const float* y;           // [d][columns]
   const float* half_norms;  // [columns]
-  uint32_t valid;           // the columns that exist, a bit for each
+  uint64_t valid;           // the columns that exist, a bit for each
   int32_t first_column;
   float* partial;         // [n_rows][columns], where d is above kDepth
-  RowState* rows;         // [n_rows]
+  RowStates rows;         // [n_rows]
   Candidate* candidates;  // [n_rows][capacity]
   int32_t capacity;       // at least 2 * kMaxColumns
   bool only_nearest;      // k = 1: the lowest value lowers the threshold
+  // Memory that will be read soon, of which every strip asks for some cache lines.
+  const char* ahead;
+  int64_t lines_per_strip;
   // Makes room for kMaxColumns more candidates of a row.
   void (*make_room)(void* context, int64_t row);
   void* context;
@@ -96,7 +100,7 @@ struct ColumnMedians {
   const int64_t* rows;   // which rows [n], or null: 0, 1, ...
   int64_t n;             // at least 1
   int64_t first, width;  // columns
-  float* copy;           // [n][width rounded up to 16]
+  float* copy;           // [width rounded up to 16, and 1][n + 16], written before it is read
   double* out;           // [width]
   int64_t nan_row;       // the first of the n that holds a NaN, -1 when there is none
 };
@@ -111,6 +115,7 @@ struct Kernels {
   ScoreKernel to_center[4];                              // sqdist; y is float64
   void (*step_center)(CenterStep* work);
   void (*column_medians)(ColumnMedians* work);
+  double median_share;  // of the copy that is written, about
   // Multiply-adds of whole vectors in registers, for the peak that benchmarks compare with: as many
   // of float32 as are returned.
   int64_t (*multiply_registers)(int64_t rounds);

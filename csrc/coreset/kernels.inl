@@ -1,4 +1,7 @@
 // The coreset kernels; included once per instruction set.
+#include <cmath>
+#include <utility>
+
 #include "coreset/kernels.hpp"
 #include "cpu/simd.hpp"
 
@@ -6,16 +9,19 @@ namespace pyoptim::coreset {
 namespace {
 
 constexpr int kLanes = kVectorBytes / sizeof(float);
-constexpr int kVectors = 2;  // of a panel's row
-constexpr int kColumns = kVectors * kLanes;
-// As many accumulators as leave registers for a row of the panel and an element of x. On Sapphire
-// Rapids 12 x 32 ran at 97 to 99 % of the FMA peak for d of 64 to 768, and needs half of the
-// second-level cache's bandwidth of 6 x 64 (91 to 98 %).
+// A tile: kStrip rows of x by kVectors vectors of columns; as many sums as leave registers for a
+// row of the panel and an element of x. With AVX-512, 6 x 64 and 12 x 32 both multiply at 97 to 99
+// % of the FMA peak of Zen 5; 6 x 64 has fewer rows to compare.
 #if defined(__AVX512F__)
-constexpr int kStrip = 12;
+constexpr int kStrip = 6, kVectors = 4;
+#elif defined(__AVX2__)
+constexpr int kStrip = 6, kVectors = 2;
 #else
-constexpr int kStrip = 6;
+constexpr int kStrip = 4, kVectors = 2;
 #endif
+constexpr int kColumns = kVectors * kLanes;
+static_assert(kColumns <= kMaxColumns, "candidates have room for a panel");
+static_assert(kStrip <= kLanes && kStrip <= 8, "a vector holds a number of every row of a strip");
 static_assert(kColumns <= kMaxColumns, "candidates have room for a panel");
 
 PYOPTIM_HD FloatV multiply_add(FloatV a, FloatV b, FloatV c) {
@@ -23,6 +29,16 @@ PYOPTIM_HD FloatV multiply_add(FloatV a, FloatV b, FloatV c) {
   return (FloatV)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
   return (FloatV)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+PYOPTIM_HD DoubleV multiply_add(DoubleV a, DoubleV b, DoubleV c) {
+#if defined(__AVX512F__)
+  return (DoubleV)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  return (DoubleV)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 #else
   return a * b + c;
 #endif
@@ -38,19 +54,17 @@ PYOPTIM_HD FloatV broadcast(float x) {
 #endif
 }
 
-// A bit per lane that is not above the threshold; none where either is NaN.
-PYOPTIM_HD uint32_t at_most(FloatV x, float threshold) {
+// A bit per lane of a that is not above b's; none where either is NaN.
+PYOPTIM_HD uint32_t lanes_at_most(FloatV a, FloatV b) {
 #if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(threshold), _CMP_LE_OQ);
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LE_OQ);
 #elif defined(__AVX2__)
-  const __m256 below = _mm256_cmp_ps((__m256)x, _mm256_set1_ps(threshold), _CMP_LE_OQ);
-  return static_cast<uint32_t>(_mm256_movemask_ps(below));
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LE_OQ)));
 #elif defined(__x86_64__)
-  const __m128 below = _mm_cmple_ps((__m128)x, _mm_set1_ps(threshold));
-  return static_cast<uint32_t>(_mm_movemask_ps(below));
+  return static_cast<uint32_t>(_mm_movemask_ps(_mm_cmple_ps((__m128)a, (__m128)b)));
 #else
   uint32_t bits = 0;
-  for (int l = 0; l < kLanes; ++l) bits |= static_cast<uint32_t>(x[l] <= threshold) << l;
+  for (int l = 0; l < kLanes; ++l) bits |= static_cast<uint32_t>(a[l] <= b[l]) << l;
   return bits;
 #endif
 }
@@ -71,15 +85,60 @@ PYOPTIM_HD bool any_lane(const V& holds) {
 #endif
 }
 
-PYOPTIM_HD float lowest(FloatV x) {
+PYOPTIM_HD FloatV smaller(FloatV a, FloatV b) { return a < b ? a : b; }  // b where either is NaN
+
+// Of every four lanes: the smaller of the first two and of the last two of a, then of b.
+PYOPTIM_HD FloatV pair_minima(FloatV a, FloatV b) {
 #if defined(__AVX512F__)
-  return _mm512_reduce_min_ps((__m512)x);
+  const __m512 x = (__m512)a, y = (__m512)b;
+  return smaller((FloatV)_mm512_shuffle_ps(x, y, 0x88), (FloatV)_mm512_shuffle_ps(x, y, 0xdd));
+#elif defined(__AVX2__)
+  const __m256 x = (__m256)a, y = (__m256)b;
+  return smaller((FloatV)_mm256_shuffle_ps(x, y, 0x88), (FloatV)_mm256_shuffle_ps(x, y, 0xdd));
+#elif defined(__x86_64__)
+  const __m128 x = (__m128)a, y = (__m128)b;
+  return smaller((FloatV)_mm_shuffle_ps(x, y, 0x88), (FloatV)_mm_shuffle_ps(x, y, 0xdd));
 #else
-  float least = x[0];
-  for (int l = 1; l < kLanes; ++l) least = x[l] < least ? x[l] : least;
-  return least;
+  return smaller(FloatV{a[0], a[2], b[0], b[2]}, FloatV{a[1], a[3], b[1], b[3]});
 #endif
 }
+
+// The same with four lanes in place of each.
+#if defined(__AVX512F__)
+PYOPTIM_HD FloatV quad_minima(FloatV a, FloatV b) {
+  const __m512 x = (__m512)a, y = (__m512)b;
+  return smaller((FloatV)_mm512_shuffle_f32x4(x, y, 0x88),
+                 (FloatV)_mm512_shuffle_f32x4(x, y, 0xdd));
+}
+#elif defined(__AVX2__)
+PYOPTIM_HD FloatV quad_minima(FloatV a, FloatV b) {
+  const __m256 x = (__m256)a, y = (__m256)b;
+  return smaller((FloatV)_mm256_permute2f128_ps(x, y, 0x20),
+                 (FloatV)_mm256_permute2f128_ps(x, y, 0x31));
+}
+#endif
+
+// Adds the upper half of the lanes to the lower until one is left.
+#if defined(__x86_64__)
+PYOPTIM_HD double fold_lanes(__m128d x) { return _mm_cvtsd_f64(x + _mm_unpackhi_pd(x, x)); }
+#endif
+#if defined(__AVX2__)
+PYOPTIM_HD double fold_lanes(__m256d x) {
+  return fold_lanes(_mm256_castpd256_pd128(x) + _mm256_extractf128_pd(x, 1));
+}
+#endif
+#if defined(__AVX512F__)
+PYOPTIM_HD double fold_lanes(__m512d x) {
+  return fold_lanes(_mm512_castpd512_pd256(x) + _mm512_extractf64x4_pd(x, 1));
+}
+#elif !defined(__x86_64__)
+PYOPTIM_HD double fold_lanes(DoubleV x) {
+  for (int64_t half = kDoubles / 2; half > 0; half /= 2) {
+    for (int64_t l = 0; l < half; ++l) x[l] += x[l + half];
+  }
+  return x[0];
+}
+#endif
 
 // -- the filter ----------------------------------------------------------------------------------
 
@@ -94,12 +153,12 @@ PYOPTIM_HD void multiply(const float* x, int64_t ld, const float* y, int64_t n, 
   FloatV sums[kStrip][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kStrip; ++r) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[r][v] = FloatV{};
   }
   for (int64_t k = 0; k < n; ++k, y += kColumns) {
     FloatV panel[kVectors];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       panel[v] = load_vector(y + v * kLanes);
       __builtin_prefetch(y + kAhead * kColumns + v * kLanes);
@@ -107,7 +166,7 @@ PYOPTIM_HD void multiply(const float* x, int64_t ld, const float* y, int64_t n, 
 #pragma GCC unroll 16
     for (int r = 0; r < kStrip; ++r) {
       const FloatV element = broadcast(x[r * ld + k]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         sums[r][v] = multiply_add(element, panel[v], sums[r][v]);
       }
@@ -115,7 +174,7 @@ PYOPTIM_HD void multiply(const float* x, int64_t ld, const float* y, int64_t n, 
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kStrip; ++r) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) tile->sums[r][v] = sums[r][v];
   }
 }
@@ -137,45 +196,128 @@ int64_t multiply_registers(int64_t rounds) {
   return total[0] < 100.0f ? rounds * kSums * kLanes : 0;
 }
 
-// Puts the columns of one row that its threshold does not rule out on its list.
-__attribute__((noinline)) void keep(const Scan& work, int64_t row, FloatV low, FloatV high) {
-  RowState& state = work.rows[row];
-  if (work.only_nearest) {
-    const float least = lowest(low < high ? low : high);
-    if (least < state.lowest) state.lowest = least;
-    const float threshold = state.lowest + state.slack;
-    if (threshold < state.threshold) state.threshold = threshold;
-  }
-  uint32_t bits = at_most(low, state.threshold) | at_most(high, state.threshold) << kLanes;
-  bits &= work.valid;
-  float values[kColumns];
-  store_vector(values, low);
-  store_vector(values + kLanes, high);
-  Candidate* const list = work.candidates + row * work.capacity;
+// Writes the values whose bits are set to the end of a list, where there is room for a whole
+// vector, and returns the new end.
+PYOPTIM_HD Candidate* append(Candidate* end, FloatV values, uint32_t bits, int32_t first_column) {
+#if defined(__AVX512F__)
+  // Without a branch: how many there are cannot be foreseen.
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i high = _mm512_or_si512(low, _mm512_set1_epi32(8));
+  const auto kept = static_cast<__mmask16>(bits);
+  const __m512i found = _mm512_maskz_compress_epi32(kept, (__m512i)values);
+  const __m512i columns =
+      _mm512_add_epi32(_mm512_maskz_compress_epi32(kept, lanes), _mm512_set1_epi32(first_column));
+  _mm512_storeu_si512(end, _mm512_permutex2var_epi32(found, low, columns));
+  _mm512_storeu_si512(end + 8, _mm512_permutex2var_epi32(found, high, columns));
+  return end + __builtin_popcount(bits);
+#else
+  float stored[kLanes];
+  store_vector(stored, values);
   for (; bits; bits &= bits - 1) {
-    const int c = __builtin_ctz(bits);
-    list[state.n_candidates++] = {values[c], work.first_column + c};
+    const int lane = __builtin_ctz(bits);
+    *end++ = {stored[lane], first_column + lane};
   }
-  if (state.n_candidates + kMaxColumns > work.capacity) work.make_room(work.context, row);
+  return end;
+#endif
 }
 
-// Compares the values of a strip with the thresholds of its rows. The rows to keep are collected
-// first: a branch per row would be mispredicted several times per strip.
-PYOPTIM_HD void compare(const Scan& work, int64_t first_row, const Tile& tile) {
-  const FloatV half_low = load_vector(work.half_norms);
-  const FloatV half_high = load_vector(work.half_norms + kLanes);
-  RowState* const states = work.rows + first_row;
-  uint32_t rows = 0;
-#pragma GCC unroll 16
-  for (int r = 0; r < kStrip; ++r) {
-    const FloatV low = half_low - tile.sums[r][0], high = half_high - tile.sums[r][1];
-    const uint32_t bits = at_most(low < high ? low : high, states[r].threshold);
-    rows |= static_cast<uint32_t>(bits != 0) << r;
+// A strip of rows against a panel: lane r of the vectors is row r.
+struct Strip {
+  const Tile* tile;
+  int64_t first_row;
+  uint32_t rows;   // that keep columns, a bit for each
+  uint32_t fresh;  // rows whose lists are ruled out
+};
+
+// The values of row r of a tile.
+PYOPTIM_HD void read_values(const Scan& work, const Tile& tile, int r, FloatV* values) {
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    values[v] = load_vector(work.half_norms + v * kLanes) - tile.sums[r][v];
   }
-  for (; rows; rows &= rows - 1) {
-    const int r = __builtin_ctz(rows);
-    keep(work, first_row + r, half_low - tile.sums[r][0], half_high - tile.sums[r][1]);
+}
+
+// Puts the columns of one row that its threshold does not rule out on its list.
+__attribute__((noinline)) void keep(const Scan& work, const Strip& strip, int r) {
+  constexpr uint32_t kAll = (1u << kLanes) - 1;
+  const int64_t row = strip.first_row + r;
+  const FloatV threshold = broadcast(work.rows.thresholds[row]);
+  FloatV values[kVectors];
+  read_values(work, *strip.tile, r, values);
+  uint64_t kept = 0;
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    kept |= static_cast<uint64_t>(lanes_at_most(values[v], threshold)) << v * kLanes;
   }
+  kept &= work.valid;
+  Candidate* const list = work.candidates + row * work.capacity;
+  Candidate* end = list + (strip.fresh >> r & 1 ? 0 : work.rows.n_candidates[row]);
+  if ((kept & (kept - 1)) == 0 && kept != 0) {
+    const int c = __builtin_ctzll(kept);
+    const float sum = strip.tile->sums[r][c / kLanes][c % kLanes];
+    *end++ = {work.half_norms[c] - sum, work.first_column + c};
+  } else {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const auto bits = static_cast<uint32_t>(kept >> v * kLanes) & kAll;
+      end = append(end, values[v], bits, work.first_column + v * kLanes);
+    }
+  }
+  work.rows.n_candidates[row] = static_cast<int32_t>(end - list);
+  if (end + kMaxColumns > list + work.capacity) work.make_room(work.context, row);
+}
+
+PYOPTIM_HD void keep_columns(const Scan& work, const Strip& strip) {
+  for (uint32_t rows = strip.rows; rows; rows &= rows - 1) keep(work, strip, __builtin_ctz(rows));
+}
+
+PYOPTIM_HD FloatV lowest_of_row(const Scan& work, const Tile& tile, int r) {
+  FloatV values[kVectors];
+  read_values(work, tile, r, values);
+  FloatV least = smaller(values[0], values[1]);
+  if constexpr (kVectors == 4) least = smaller(least, smaller(values[2], values[3]));
+  return least;
+}
+
+// The lowest value of every row of a strip; infinity in lanes without a row.
+PYOPTIM_HD FloatV lowest_values(const Scan& work, const Tile& tile) {
+  const FloatV nothing = broadcast(__builtin_inff());
+  FloatV quads[2] = {nothing, nothing};
+#pragma GCC unroll 2
+  for (int q = 0; 4 * q < kStrip; ++q) {
+    FloatV rows[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      rows[i] = 4 * q + i < kStrip ? lowest_of_row(work, tile, 4 * q + i) : nothing;
+    }
+    quads[q] = pair_minima(pair_minima(rows[0], rows[1]), pair_minima(rows[2], rows[3]));
+  }
+#if defined(__AVX512F__)
+  return quad_minima(quad_minima(quads[0], quads[1]), nothing);
+#elif defined(__AVX2__)
+  return quad_minima(quads[0], quads[1]);
+#else
+  return quads[0];
+#endif
+}
+
+// Lowers the thresholds of a strip's rows (k = 1) and compares them with its values.
+PYOPTIM_HD Strip compare(const Scan& work, int64_t first_row, const Tile& tile) {
+  const FloatV least = lowest_values(work, tile);
+  FloatV thresholds = load_vector(work.rows.thresholds + first_row);
+  uint32_t fresh = 0;
+  if (work.only_nearest) {
+    // Lanes without a row belong to the next strip, and stay as they are.
+    const FloatV before = load_vector(work.rows.lowest + first_row), low = smaller(least, before);
+    thresholds = smaller(low + load_vector(work.rows.slacks + first_row), thresholds);
+    store_vector(work.rows.lowest + first_row, low);
+    store_vector(work.rows.thresholds + first_row, thresholds);
+    // Where the threshold rules out the lowest value on a list, it rules out all of them.
+    fresh = ~lanes_at_most(before, thresholds);
+  }
+  constexpr uint32_t kRows = (1u << kStrip) - 1;
+  return {&tile, first_row, lanes_at_most(least, thresholds) & kRows, fresh};
 }
 
 // Adds a tile to the partial results, or the partial results to the tile.
@@ -189,28 +331,77 @@ PYOPTIM_HD void add_partial(float* partial, bool is_first, bool is_last, Tile* t
   }
 }
 
+// Settles tiles behind the multiplication: a tile is compared while the next one is multiplied, and
+// its columns are kept while the one after that is. What a processor has in flight then never waits
+// for the last products of a tile, and it knows early whether a row keeps a column, a branch that
+// is often mispredicted.
+class Pipeline {
+ public:
+  explicit Pipeline(const Scan& work) : work_(work), ahead_(work.ahead) {}
+
+  // Where the next tile goes.
+  Tile* tile() { return multiplied_; }
+
+  // After the tile has been written.
+  __attribute__((always_inline)) void advance(int64_t first_row) {
+    prefetch();
+    keep_columns(work_, compared_);
+    compared_ = is_waiting_ ? compare(work_, waiting_row_, *waiting_) : Strip{};
+    Tile* const free = kept_;
+    kept_ = waiting_;
+    waiting_ = multiplied_;
+    multiplied_ = free;
+    waiting_row_ = first_row;
+    is_waiting_ = true;
+  }
+
+  void finish() {
+    keep_columns(work_, compared_);
+    if (is_waiting_) keep_columns(work_, compare(work_, waiting_row_, *waiting_));
+  }
+
+ private:
+  // Into the second-level cache.
+  void prefetch() {
+    for (int64_t i = 0; i < work_.lines_per_strip; ++i, ahead_ += 64) {
+      __builtin_prefetch(ahead_, 0, 2);
+    }
+  }
+
+  const Scan& work_;
+  const char* ahead_;
+  Tile tiles_[3];
+  Tile *multiplied_ = tiles_, *waiting_ = tiles_ + 1, *kept_ = tiles_ + 2;
+  int64_t waiting_row_ = 0;
+  bool is_waiting_ = false;
+  Strip compared_ = {};
+};
+
 // All products in one run.
 void scan_shallow(const Scan& work) {
+  Pipeline pipeline(work);
   for (int64_t row = 0; row < work.n_rows; row += kStrip) {
-    Tile tile;
-    multiply(work.x + row * work.ld, work.ld, work.y, work.d, &tile);
-    compare(work, row, tile);
+    multiply(work.x + row * work.ld, work.ld, work.y, work.d, pipeline.tile());
+    pipeline.advance(row);
   }
+  pipeline.finish();
 }
 
 void scan_deep(const Scan& work) {
   const int64_t n_runs = (work.d + kDepth - 1) / kDepth;
   const int64_t depth = (work.d + n_runs - 1) / n_runs;
+  Pipeline pipeline(work);
   for (int64_t run = 0; run < n_runs; ++run) {
     const int64_t k = run * depth, n = k + depth < work.d ? depth : work.d - k;
     const bool is_last = run + 1 == n_runs;
     for (int64_t row = 0; row < work.n_rows; row += kStrip) {
-      Tile tile;
-      multiply(work.x + row * work.ld + k, work.ld, work.y + k * kColumns, n, &tile);
-      add_partial(work.partial + row * kColumns, run == 0, is_last, &tile);
-      if (is_last) compare(work, row, tile);
+      Tile* const tile = pipeline.tile();
+      multiply(work.x + row * work.ld + k, work.ld, work.y + k * kColumns, n, tile);
+      add_partial(work.partial + row * kColumns, run == 0, is_last, tile);
+      if (is_last) pipeline.advance(row);
     }
   }
+  pipeline.finish();
 }
 
 void scan(const Scan& work) { work.d > kDepth ? scan_deep(work) : scan_shallow(work); }
@@ -264,22 +455,18 @@ struct Sums {
   Pair squares, products;
 };
 
+// The sums only bound errors: they may differ between instruction sets.
 PYOPTIM_HD void add_sums(FloatV x, const float* shift, Sums* sums) {
   const Pair wide = widen_floats(x);
-  sums->squares.low += wide.low * wide.low;
-  sums->squares.high += wide.high * wide.high;
+  sums->squares.low = multiply_add(wide.low, wide.low, sums->squares.low);
+  sums->squares.high = multiply_add(wide.high, wide.high, sums->squares.high);
   if (shift == nullptr) return;
   const Pair other = load_pair(shift);
-  sums->products.low += wide.low * other.low;
-  sums->products.high += wide.high * other.high;
+  sums->products.low = multiply_add(wide.low, other.low, sums->products.low);
+  sums->products.high = multiply_add(wide.high, other.high, sums->products.high);
 }
 
-PYOPTIM_HD double total(const Pair& lanes) {
-  const DoubleV both = lanes.low + lanes.high;
-  double sum = 0;
-  for (int64_t l = 0; l < kDoubles; ++l) sum += both[l];
-  return sum;
-}
+PYOPTIM_HD double total(const Pair& lanes) { return fold_lanes(lanes.low + lanes.high); }
 
 template <class E>
 void pack_row(const PackRows& work, const E* x, int64_t row) {
@@ -345,28 +532,7 @@ PYOPTIM_HD void add_terms(const X* x, const Y* y, Pair* sums) {
   }
 }
 
-#if defined(__x86_64__)
-PYOPTIM_HD double fold_lanes(__m128d x) { return _mm_cvtsd_f64(x + _mm_unpackhi_pd(x, x)); }
-#endif
-#if defined(__AVX2__)
-PYOPTIM_HD double fold_lanes(__m256d x) {
-  return fold_lanes(_mm256_castpd256_pd128(x) + _mm256_extractf128_pd(x, 1));
-}
-#endif
-#if defined(__AVX512F__)
-PYOPTIM_HD double fold_lanes(__m512d x) {
-  return fold_lanes(_mm512_castpd512_pd256(x) + _mm512_extractf64x4_pd(x, 1));
-}
-#elif !defined(__x86_64__)
-PYOPTIM_HD double fold_lanes(DoubleV x) {
-  for (int64_t half = kDoubles / 2; half > 0; half /= 2) {
-    for (int64_t l = 0; l < half; ++l) x[l] += x[l + half];
-  }
-  return x[0];
-}
-#endif
-
-// Adds the upper half of the lanes to the lower until one is left.
+// The same of 16 partial sums.
 PYOPTIM_HD double fold_score(const Pair* sums) {
   DoubleV parts[2 * kPairs];
   for (int p = 0; p < kPairs; ++p) {
@@ -492,6 +658,20 @@ int64_t find_nan_row(const ColumnMedians& work) {
   return -1;
 }
 
+}  // namespace
+}  // namespace pyoptim::coreset
+
+#include "coreset/medians_avx512.inl"
+
+namespace pyoptim::coreset {
+namespace {
+
+#if defined(__AVX512F__)
+template <class E>
+void column_medians_typed(ColumnMedians* work) {
+  BlockMedians<E>(work).run();
+}
+#else
 template <class E>
 void column_medians_typed(ColumnMedians* work) {
   work->nan_row = -1;
@@ -515,6 +695,7 @@ void column_medians_typed(ColumnMedians* work) {
     std::memcpy(work->out + at, medians, width * sizeof(double));
   }
 }
+#endif
 
 void column_medians(ColumnMedians* work) {
   if (work->dtype == DType::f32) return column_medians_typed<float>(work);
@@ -537,6 +718,11 @@ Kernels make_kernels(const char* isa) {
   kernels.to_center[static_cast<int>(DType::f16)] = score<Score::sqdist, F16, double>;
   kernels.step_center = step_center;
   kernels.column_medians = column_medians;
+#if defined(__AVX512F__)
+  kernels.median_share = 1.0 / 3;
+#else
+  kernels.median_share = 1;
+#endif
   kernels.multiply_registers = multiply_registers;
   return kernels;
 }

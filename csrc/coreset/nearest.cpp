@@ -31,6 +31,8 @@ constexpr int64_t kFewRows = 8;
 constexpr double kSmallProducts = 1e6;
 // Norms beyond it would overflow the filter's float32.
 constexpr double kHugeNorm = 1e17;
+// Candidates that a list has room for besides 2 k: two panels and some.
+constexpr int64_t kSpareCandidates = 2 * kMaxColumns + 32;
 // Rows that the centre of y is the mean of.
 constexpr int64_t kCenterRows = 1024;
 
@@ -61,7 +63,7 @@ class Block {
       : search_(search), kernels_(kernels), begin_(begin), n_(end - begin), d_(search.d) {
     const double runs = std::max(1.0, std::ceil(static_cast<double>(d_) / kDepth));
     const double depth = std::ceil(static_cast<double>(d_) / runs);
-    bound_ = {search.metric, d_, depth + runs, 1, 0, 0};
+    bound_ = {search.metric, d_, gamma_of(depth + runs), 1, 0, 0};
     scores_all_ = search.x.n <= kFewRows;
     read();
     if (nan_row_ >= 0 || scores_all_) return;
@@ -83,7 +85,7 @@ class Block {
     scan->y = panels_.get() + panel * d_ * kernels_.columns;
     scan->half_norms = half_norms_.get() + first;
     scan->first_column = static_cast<int32_t>(first);
-    scan->valid = left >= 32 ? ~0u : (1u << left) - 1;
+    scan->valid = left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
   }
 
  private:
@@ -261,7 +263,8 @@ struct Best {
 struct Workspace {
   Scratch<float> x, partial;
   Scratch<double> squares, products;
-  Scratch<RowState> states;
+  Scratch<float> thresholds, lowest, slacks;
+  Scratch<int32_t> n_candidates;
   Scratch<Candidate> candidates;
 };
 
@@ -294,6 +297,7 @@ struct Work {
   const Block& block;
   int64_t rows_per_task;
   int32_t capacity;
+  int64_t n_threads;
   Pool pool;
   std::atomic<int64_t> nan_row{-1};
 
@@ -308,6 +312,9 @@ struct Work {
 class Task {
  public:
   Task(Work* work, int64_t index) : work_(*work), search_(work->search), block_(work->block) {
+    const int dtype = static_cast<int>(search_.x.dtype);
+    sqdist_ = work_.kernels.score[static_cast<int>(Score::sqdist)][dtype];
+    dot_ = work_.kernels.score[static_cast<int>(Score::dot)][dtype];
     first_ = index * work_.rows_per_task;
     n_ = std::min(work_.rows_per_task, search_.x.n - first_);
     padded_ = round_up_to(n_, work_.kernels.strip);
@@ -333,7 +340,10 @@ class Task {
     if (d > kDepth) space_.partial = Scratch<float>(rows * work_.kernels.columns);
     space_.squares = Scratch<double>(rows);
     space_.products = Scratch<double>(rows);
-    space_.states = Scratch<RowState>(rows);
+    space_.thresholds = Scratch<float>(rows + kMaxRowLanes);
+    space_.lowest = Scratch<float>(rows + kMaxRowLanes);
+    space_.slacks = Scratch<float>(rows + kMaxRowLanes);
+    space_.n_candidates = Scratch<int32_t>(rows);
     space_.candidates = Scratch<Candidate>(rows * work_.capacity);
   }
 
@@ -373,16 +383,31 @@ class Task {
   }
 
   void start(int64_t i) {
-    RowState& state = space_.states[i];
-    state.n_candidates = 0;
-    state.threshold = static_cast<float>(kNan);
+    space_.n_candidates[i] = 0;
+    space_.thresholds[i] = static_cast<float>(kNan);
     if (i >= n_) return;
     if (space_.squares[i] != space_.squares[i]) work_.report_nan(search_.x.index(first_ + i));
     if (!is_filtered(i)) return;
-    state.lowest = static_cast<float>(kInfinity);
-    state.slack = round_up(bound(i).slack());
-    state.threshold = static_cast<float>(kInfinity);
-    if (best(i).is_full()) state.threshold = round_up(bound(i).threshold(best(i).worst()));
+    const Bound bound = this->bound(i);
+    space_.lowest[i] = static_cast<float>(kInfinity);
+    space_.slacks[i] = round_up(bound.slack());
+    const Best best = this->best(i);
+    space_.thresholds[i] = static_cast<float>(kInfinity);
+    if (best.is_full()) space_.thresholds[i] = round_up(bound.threshold(best.worst()));
+  }
+
+  struct Memory {
+    const char* data;
+    int64_t bytes;
+  };
+
+  // What this thread will probably read next: the other threads take the tasks in between.
+  Memory next_rows() const {
+    const Rows& x = search_.x;
+    const int64_t first = first_ + work_.n_threads * work_.rows_per_task;
+    if (first >= x.n || x.rows != nullptr || x.stride != search_.d) return {nullptr, 0};
+    const int64_t n = std::min(work_.rows_per_task, x.n - first);
+    return {static_cast<const char*>(x.at(first)), n * x.stride * item_size(x.dtype)};
   }
 
   void scan() {
@@ -392,14 +417,22 @@ class Task {
     scan.n_rows = padded_;
     scan.d = search_.d;
     scan.partial = space_.partial.get();
-    scan.rows = space_.states.get();
+    scan.rows = {space_.thresholds.get(),
+                 space_.lowest.get(),
+                 space_.slacks.get(),
+                 space_.n_candidates.get()};
     scan.candidates = space_.candidates.get();
     scan.capacity = work_.capacity;
     scan.only_nearest = search_.k == 1;
     scan.make_room = [](void* task, int64_t i) { static_cast<Task*>(task)->make_room(i); };
     scan.context = this;
+    const int64_t strips = padded_ / work_.kernels.strip;
+    const Memory ahead = next_rows();
+    // Spread over the task, so that its own loads do not wait behind them.
+    scan.lines_per_strip = ahead.bytes / (64 * strips * block_.n_panels()) + (ahead.bytes > 0);
     for (int64_t panel = 0; panel < block_.n_panels(); ++panel) {
       block_.show(panel, &scan);
+      scan.ahead = ahead.data + panel * strips * scan.lines_per_strip * 64;
       work_.kernels.scan(scan);
     }
   }
@@ -408,14 +441,10 @@ class Task {
     ++n_scored_;
     const void* const x = search_.x.at(first_ + i);
     const void* const y = search_.y.at(block_.column(column));
-    const bool is_sqdist = search_.metric == Metric::sqdist;
-    const auto kernel = [&](Score what) {
-      return work_.kernels.score[static_cast<int>(what)][static_cast<int>(search_.x.dtype)];
-    };
-    if (is_sqdist) return no_nan(kernel(Score::sqdist)(x, y, search_.d));
-    const double product = kernel(Score::dot)(x, y, search_.d);
+    if (search_.metric == Metric::sqdist) return no_nan(sqdist_(x, y, search_.d));
+    const double product = dot_(x, y, search_.d);
     if (search_.metric == Metric::ip) return no_nan(-product);
-    const double xx = kernel(Score::dot)(x, x, search_.d), yy = kernel(Score::dot)(y, y, search_.d);
+    const double xx = dot_(x, x, search_.d), yy = dot_(y, y, search_.d);
     return no_nan(cosine_distance(product, xx, yy));
   }
 
@@ -437,48 +466,47 @@ class Task {
 
   void lower_threshold(int64_t i, const Best& best) {
     const float threshold = round_up(bound(i).threshold(best.worst()));
-    if (threshold < space_.states[i].threshold) space_.states[i].threshold = threshold;
+    space_.thresholds[i] = std::min(space_.thresholds[i], threshold);
   }
 
-  // Forgets the candidates that the threshold has ruled out since.
-  void drop_ruled_out(int64_t i) {
-    RowState& state = space_.states[i];
-    Candidate* const list = space_.candidates.get() + i * work_.capacity;
-    int32_t n = 0;
-    for (int32_t c = 0; c < state.n_candidates; ++c) {
-      if (list[c].value <= state.threshold) list[n++] = list[c];
-    }
-    state.n_candidates = n;
+  Candidate* list(int64_t i) const { return space_.candidates.get() + i * work_.capacity; }
+
+  // Forgets those of n candidates that the threshold has ruled out since; returns how many are
+  // left.
+  int32_t drop_ruled_out(int64_t i, int32_t n) {
+    Candidate* const list = this->list(i);
+    const float threshold = space_.thresholds[i];
+    const auto is_out = [threshold](const Candidate& c) { return !(c.value <= threshold); };
+    return static_cast<int32_t>(std::remove_if(list, list + n, is_out) - list);
   }
 
   // Scores the candidates of a row, in the order of their values, until the rest is ruled out.
   void settle(int64_t i) {
-    drop_ruled_out(i);
-    RowState& state = space_.states[i];
-    Candidate* const list = space_.candidates.get() + i * work_.capacity;
-    std::sort(list, list + state.n_candidates, [](const Candidate& a, const Candidate& b) {
-      return a.value < b.value;
-    });
+    Candidate* const list = this->list(i);
     Best best = this->best(i);
-    for (int32_t c = 0; c < state.n_candidates && list[c].value <= state.threshold; ++c) {
+    int32_t n = std::exchange(space_.n_candidates[i], 0);
+    if (n == 1) return insert(i, list->column, &best);
+    n = drop_ruled_out(i, n);
+    std::sort(list, list + n, is_lower);
+    for (int32_t c = 0; c < n && list[c].value <= space_.thresholds[i]; ++c) {
       insert(i, list[c].column, &best);
-      if (c + 1 < state.n_candidates && best.is_full()) lower_threshold(i, best);
+      if (c + 1 < n && best.is_full()) lower_threshold(i, best);
     }
-    state.n_candidates = 0;
   }
+
+  static bool is_lower(const Candidate& a, const Candidate& b) { return a.value < b.value; }
 
   // Drops the candidates above the k-th value and its slack; scores them where many are left.
   void make_room(int64_t i) {
-    RowState& state = space_.states[i];
-    Candidate* const list = space_.candidates.get() + i * work_.capacity;
-    const auto by_value = [](const Candidate& a, const Candidate& b) { return a.value < b.value; };
-    if (state.n_candidates >= search_.k) {
+    Candidate* const list = this->list(i);
+    const int32_t n = space_.n_candidates[i];
+    if (n >= search_.k) {
       Candidate* const kth = list + search_.k - 1;
-      std::nth_element(list, kth, list + state.n_candidates, by_value);
-      state.threshold = std::min(state.threshold, kth->value + state.slack);
+      std::nth_element(list, kth, list + n, is_lower);
+      space_.thresholds[i] = std::min(space_.thresholds[i], kth->value + space_.slacks[i]);
     }
-    drop_ruled_out(i);
-    if (state.n_candidates + 2 * kMaxColumns <= work_.capacity) return;
+    space_.n_candidates[i] = drop_ruled_out(i, n);
+    if (space_.n_candidates[i] + 2 * kMaxColumns <= work_.capacity) return;
     settle(i);
     if (best(i).is_full()) lower_threshold(i, best(i));
   }
@@ -493,6 +521,7 @@ class Task {
   Work& work_;
   const Search& search_;
   const Block& block_;
+  ScoreKernel sqdist_, dot_;
   Workspace space_;
   int64_t first_, n_, padded_, n_scored_ = 0;
 };
@@ -504,13 +533,16 @@ int64_t rows_per_task(const Search& search, const Kernels& kernels, int64_t capa
   return round_up_to(std::max<int64_t>(rows, 1), kernels.strip);
 }
 
-void run_block(Work* work) {
-  const int64_t n_tasks = (work->search.x.n + work->rows_per_task - 1) / work->rows_per_task;
-  const double pairs =
-      static_cast<double>(work->search.x.n) * static_cast<double>(work->block.size());
-  const bool is_small = pairs * static_cast<double>(work->search.d + 1) < kSmallProducts;
-  Guarded rows([work](int64_t i) { Task(work, i).run(); });
-  rows.run(n_tasks, is_small);
+void run_block(const Search& search, const Kernels& kernels, const Block& block, Problem* problem) {
+  const auto capacity = static_cast<int32_t>(2 * std::min(search.k, search.y.n) + kSpareCandidates);
+  const double pairs = static_cast<double>(search.x.n) * static_cast<double>(block.size());
+  const bool is_small = pairs * static_cast<double>(search.d + 1) < kSmallProducts;
+  const int64_t per_task = rows_per_task(search, kernels, capacity);
+  const int64_t n_threads = is_small ? 1 : cpu::num_threads();
+  Work work{search, kernels, block, per_task, capacity, n_threads, {}, {-1}};
+  Guarded rows([&work](int64_t i) { Task(&work, i).run(); });
+  rows.run((search.x.n + per_task - 1) / per_task, is_small);
+  problem->x_row = work.nan_row;
 }
 
 }  // namespace
@@ -520,15 +552,12 @@ Problem nearest(const Search& search) {
   const int64_t row_bytes = std::max<int64_t>(search.d, 1) * sizeof(float);
   const int64_t columns =
       round_up_to(std::max<int64_t>(kBlockBytes / row_bytes, kMaxColumns), kernels.columns);
-  const auto capacity = static_cast<int32_t>(2 * std::min(search.k, search.y.n) + 96);
   Problem problem;
   for (int64_t j = 0; j < search.y.n && problem.x_row < 0; j += columns) {
-    Block block(search, kernels, j, std::min(j + columns, search.y.n));
+    const Block block(search, kernels, j, std::min(j + columns, search.y.n));
     problem.y_row = block.nan_row();
     if (problem.y_row >= 0) return problem;
-    Work work{search, kernels, block, rows_per_task(search, kernels, capacity), capacity, {}, {-1}};
-    run_block(&work);
-    problem.x_row = work.nan_row;
+    run_block(search, kernels, block, &problem);
   }
   return problem;
 }

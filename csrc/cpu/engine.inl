@@ -252,7 +252,7 @@ KernelTable make_table(const char* isa) {
   fill_variant<Rule, 3>(RuleId::Rule, &table);                                \
   fill_variant<Rule, 4>(RuleId::Rule, &table);                                \
   fill_variant<Rule, 5>(RuleId::Rule, &table);
-  PYOPTIM_FOR_EACH_CPU_RULE(PYOPTIM_FILL)
+  PYOPTIM_FOR_EACH_RULE(PYOPTIM_FILL)
 #undef PYOPTIM_FILL
   table.unscale[static_cast<int>(DType::f64)] = unscale_segment<double>;
   table.unscale[static_cast<int>(DType::f32)] = unscale_segment<float>;

@@ -73,7 +73,7 @@ inline const Rule& find_rule(const std::string& name) {
     static const Rule rule = make_rule<R>(RuleId::R); \
     return rule;                                      \
   }
-  PYOPTIM_FOR_EACH_CPU_RULE(PYOPTIM_FIND)
+  PYOPTIM_FOR_EACH_RULE(PYOPTIM_FIND)
 #undef PYOPTIM_FIND
   throw py::value_error("no rule named '" + name + "'");
 }

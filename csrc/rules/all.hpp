@@ -21,16 +21,15 @@
   X(Expectigrad)                 \
   X(Ascent)                      \
   X(AdamP)                       \
-  X(SgdP)
-
-// The rules of the CPU engine: with those that the GPU engines do not have yet.
-#define PYOPTIM_FOR_EACH_CPU_RULE(X) PYOPTIM_FOR_EACH_RULE(X) X(LineTrial) X(LineStep)
+  X(SgdP)                        \
+  X(LineTrial)                   \
+  X(LineStep)
 
 namespace pyoptim {
 
 enum class RuleId : int {
 #define PYOPTIM_RULE_ID(Rule) Rule,
-  PYOPTIM_FOR_EACH_CPU_RULE(PYOPTIM_RULE_ID)
+  PYOPTIM_FOR_EACH_RULE(PYOPTIM_RULE_ID)
 #undef PYOPTIM_RULE_ID
       count
 };

@@ -26,7 +26,7 @@ from pyoptim.coreset.scores import (
     uncertainty_scores,
 )
 from pyoptim.coreset.selection import Selection
-from pyoptim.coreset.sharded import select_sharded
+from pyoptim.coreset.sharded import nearest_sharded, select_sharded
 from pyoptim.coreset.training import Training, learn_weights, train_weighted
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "moderate_scores",
     "nearest",
     "nearest_reference",
+    "nearest_sharded",
     "pairwise_sqdist",
     "random",
     "select",

@@ -196,7 +196,7 @@ def class_medians(
     """
     features = check_matrix(as_tensor(x, "x"), "x")
     classes, n_classes = _checked_labels(labels, features, n_classes)
-    order = classes.argsort(stable=True)
+    order = _narrow(classes, n_classes).argsort(stable=True)
     counts = classes.bincount(minlength=n_classes)
     out = torch.empty((n_classes, features.shape[1]), dtype=torch.float64, device=features.device)
     engine = engine_for(features, backend)
@@ -213,6 +213,11 @@ def class_medians(
             for part in spans(features.shape[1], _REFERENCE_ELEMENTS // max(1, len(rows))):
                 out[c, part] = _plain_median(features[:, part][rows])
     return out.to(torch.promote_types(features.dtype, torch.float32))
+
+
+def _narrow(classes: Tensor, n_classes: int) -> Tensor:
+    """In the smallest dtype that holds them: torch sorts bytes in a quarter of the time."""
+    return classes.to(torch.uint8 if n_classes <= 256 else torch.int32)
 
 
 def _plain_median(x: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""Selections over features that are spread over the processes of torch.distributed."""
+"""Selections and searches over features that the processes of torch.distributed share."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
 from pyoptim.coreset.centers import CenterDistances, center_distances, class_medians
+from pyoptim.coreset.distance import nearest
 from pyoptim.coreset.greedy import pick_farthest
+from pyoptim.coreset.matrices import as_tensor, check_matrix
 from pyoptim.coreset.methods import METHODS, select
 from pyoptim.coreset.moderate import select_middle
 from pyoptim.coreset.scores import by_score, el2n_scores, grand_scores, uncertainty_scores
@@ -177,6 +179,66 @@ class _ShardedDistances:
         return self.starts[best] + int(of_ranks[best, 1]), float(of_ranks[best, 0])
 
 
+# -- nearest rows ----------------------------------------------------------------------------------
+
+
+def nearest_sharded(
+    x: Tensor,
+    y: Tensor,
+    k: int = 1,
+    *,
+    same_class: tuple[Tensor, Tensor] | None = None,
+    metric: str = "sqeuclidean",
+    backend: str | None = None,
+    group: ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`nearest` of this process's rows of `x` among the rows of `y` of all processes.
+
+    Every process calls it with its own rows; the results are those of one process with all rows.
+
+    Args:
+        x: [n of this process, d], as for `nearest`.
+        y: [m of this process, d]; together, in the order of ranks, they are searched. May be empty
+            in some processes.
+        k, metric, backend: as for `nearest`; the same everywhere.
+        same_class: labels of this process's rows of `x` and of `y`; in all processes or in none.
+        group: the processes; None is the default group.
+
+    Returns: (distances, indices) for this process's rows of `x`; indices count all rows of `y`.
+
+    What travels: `y`, one process's rows at a time; all of it at once with `same_class`.
+
+    Raises:
+        ValueError: an argument is not as described, on any process: all of them raise.
+        RuntimeError: torch.distributed is not initialized.
+    """
+    shards = _Shards(group, y.device)
+    own = shards.checked(lambda: check_matrix(as_tensor(y, "y"), "y"))
+    parts: Iterator[Tensor]
+    if same_class is not None:
+        wanted, labels = same_class
+        same_class = wanted, shards.gather(labels.to(own.device))
+        own = shards.gather(own)
+        parts = iter(())
+    else:
+        parts = shards.broadcast_each(own)
+    indices = torch.empty(0)
+
+    def search() -> Tensor:
+        nonlocal indices
+        rows = own if same_class is not None else parts
+        try:
+            distances, indices = nearest(
+                x, rows, k, same_class=same_class, metric=metric, backend=backend
+            )
+        finally:
+            for _ in parts:  # the other processes wait for the rest
+                pass
+        return distances
+
+    return shards.checked(search), indices
+
+
 # -- processes -------------------------------------------------------------------------------------
 
 
@@ -231,6 +293,13 @@ class _Shards:
         parts = [torch.empty_like(padded) for _ in sizes]
         distributed.all_gather(parts, padded, group=self.group)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def broadcast_each(self, rows: Tensor) -> Iterator[Tensor]:
+        """Yields the rows of one process after the other."""
+        for rank, size in enumerate(self.sizes(len(rows))):
+            part = rows.contiguous() if rank == self.rank else rows.new_empty(size, rows.shape[1])
+            self.broadcast(part, rank)
+            yield part
 
     def broadcast(self, tensor: Tensor, rank: int) -> None:
         distributed.broadcast(tensor, group_src=rank, group=self.group)

@@ -176,6 +176,18 @@ def test_medians_of_unfriendly_distributions(data: st.DataObject) -> None:
     torch.testing.assert_close(class_medians(x, labels), want, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("n", [511, 512, 4096, 5003])
+@pytest.mark.parametrize("value", [1e6, -1e6, 0.0, torch.inf])
+def test_medians_where_every_sampled_row_misleads(n: int, value: float) -> None:
+    """The kernels bracket medians by 128 rows, evenly apart; here those rows are all the same."""
+    x = normal(n, 37)
+    x[torch.arange(128) * n // 128] = value
+    x[:, 5] = x[:, 5].clamp(min=0)  # half of the column
+    x[:, 6] = (torch.arange(n) >= n // 2).float()  # the two middle values of an even n differ
+    labels = torch.zeros(n, dtype=torch.int64)
+    assert torch.equal(class_medians(x, labels), numpy_medians(x, labels, 1).float())
+
+
 def test_the_mean_of_huge_middle_values_is_finite() -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         x = torch.full((4, 2), torch.finfo(dtype).max, dtype=dtype)

@@ -21,7 +21,7 @@ NATIVE = backend.native()
 ISAS = NATIVE.isas() if NATIVE else ()
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 METRICS = ("sqeuclidean", "euclidean", "cosine", "ip")
-# One of everything; around strips of 6 and 12 rows, panels of 8, 16 and 32 columns, runs of 512
+# One of everything; around strips of 4 and 6 rows, panels of 8, 16 and 64 columns, runs of 512
 # products; so few rows that no filter runs.
 SHAPES = (
     (1, 1, 1),
@@ -119,6 +119,26 @@ def test_rows_that_float32_products_cannot_tell_apart(isa: str, metric: str, k: 
         x = torch.randn(20, d, generator=generator) * scale
         x[:10] = y[:10] + scale * 1e-6
         assert_nearest(x, y, k, metric, nearest(x, y, k, metric=metric))
+
+
+@parametrize_isas
+@pytest.mark.parametrize("metric", ["sqeuclidean", "cosine", "ip"])
+@pytest.mark.parametrize("d", [512, 1536])
+def test_sums_that_lose_every_term_are_certified(isa: str, metric: str, d: int) -> None:
+    """Products of 2^-25 added to 1 vanish one by one in float32, hundreds of roundings in all."""
+    assert NATIVE
+    NATIVE.set_isa(isa)
+    x = torch.full((20, d), 2.0**-6)
+    x[:, 0] = 1
+    y = torch.zeros(130, d)
+    y[:, 0] = 1
+    y[:65, -1] = torch.linspace(0.5, 0.8, 65) * 511 * 2.0**-19  # in one term: seen by any sum
+    y[64] = 2.0**-19
+    y[64, 0] = 1
+    y[65:] = -y[:65]  # so that the mean is zero
+    found = nearest(x, y, metric=metric)
+    assert found[1].tolist() == [64] * 20
+    assert_nearest(x, y, 1, metric, found)
 
 
 def test_far_clusters_and_outliers_are_certified_too() -> None:

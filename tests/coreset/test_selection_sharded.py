@@ -1,4 +1,4 @@
-"""Selections over features that two processes share, against one process with all of them."""
+"""Selections and searches over rows that two processes share, against one process with all."""
 
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,59 @@ def arguments(
     return (first[rows], labels[rows]), options
 
 
+# The rows of y in the first process; the second has the rest of the 30.
+Y_SPLITS = (11, 0, 30)
+
+
+def searches() -> list[dict[str, Any]]:
+    return [
+        *({"k": k, "metric": metric} for k in (1, 5) for metric in ("sqeuclidean", "cosine", "ip")),
+        {"k": 3, "same_class": (torch.arange(N) % 3, torch.arange(30) % 3)},
+        {"k": 2, "dtype": torch.bfloat16},
+        {"k": 1, "dtype": torch.float64, "backend": "reference"},
+    ]
+
+
+def rows_to_search(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    x = data()[0]
+    y = torch.cat(
+        [x[3:4], x[40:41], torch.randn(28, 5, generator=torch.Generator().manual_seed(1))]
+    )
+    y[20] = y[1]  # ties across processes
+    return x.to(dtype), y.to(dtype)
+
+
+def search_own(rank: int, rows: slice, split: int, **options: Any) -> tuple[Tensor, Tensor]:
+    x, y = rows_to_search(options.pop("dtype", torch.float32))
+    own = slice(0, split) if rank == 0 else slice(split, 30)
+    if "same_class" in options:
+        x_labels, y_labels = options["same_class"]
+        options["same_class"] = x_labels[rows], y_labels[own]
+    return coreset.nearest_sharded(x[rows], y[own], **options)
+
+
+def failed_searches(rank: int, rows: slice) -> list[str]:
+    x, y = rows_to_search()
+    x[50], own = float("nan"), slice(0, 11) if rank == 0 else slice(11, 30)
+    bad = y.clone()
+    bad[17] = float("nan")
+    messages = []
+    for a, b, k in ((x, y, 1), (x[:45], bad, 1), (x[:45], y, 31), (x[:45], y[:, : 4 + rank], 1)):
+        try:
+            coreset.nearest_sharded(a[rows], b[own], k)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
 def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
     rows = slice(0, SPLIT) if rank == 0 else slice(SPLIT, N)
+    nearest = [search_own(rank, rows, s, **options) for options in searches() for s in Y_SPLITS]
+    torch.save((nearest, failed_searches(rank, rows)), f"{folder}/nearest-{rank}.pt")
     found: list[Any] = []
     for method, options in calls():
         given, named = arguments(method, options, rows)
@@ -92,10 +139,36 @@ def errors_of_all(rank: int, rows: slice) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     multiprocessing.spawn(run_rank, args=(str(folder),), nprocs=2)
-    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> list[list[Any]]:
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_two_processes_find_the_rows_that_one_does(folder: Path) -> None:
+    ranks = [torch.load(folder / f"nearest-{rank}.pt")[0] for rank in range(2)]
+    for number, options in enumerate(searches()):
+        x, y = rows_to_search(options.pop("dtype", torch.float32))
+        expected = coreset.nearest(x, y, **options)
+        for at in range(number * len(Y_SPLITS), (number + 1) * len(Y_SPLITS)):
+            for part in range(2):
+                found = torch.cat([rank[at][part] for rank in ranks])
+                assert torch.equal(found, expected[part])
+
+
+def test_a_search_that_fails_in_one_process_raises_in_all(folder: Path) -> None:
+    for rank in range(2):
+        x_nan, y_nan, too_many, widths = torch.load(folder / f"nearest-{rank}.pt")[1]
+        assert x_nan.startswith("process 1: x[27] holds a NaN")
+        assert "y[17] holds a NaN" in y_nan
+        assert "k=31 but y has 30 rows" in too_many
+        assert "((4,)" in widths
+        assert "((5,)" in widths
 
 
 @pytest.mark.parametrize("number", range(len(calls())), ids=[name for name, _ in calls()])

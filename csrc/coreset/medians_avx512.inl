@@ -1,0 +1,355 @@
+// Medians of columns with AVX-512: one read of the rows, in which every column keeps only the
+// values within a bracket around its median; included once per instruction set.
+//
+// The bracket comes from a sample of the rows: of kSample values, those kMargin places below and
+// above the middle. The median of all is within it but for some 1 in 10^4 columns, which are read
+// again. A block of 16 rows and 16 columns is transposed in registers, so that a vector holds
+// values of one column and what is within the bracket is compressed to the end of the column's
+// list. The lists, about a third of the values, are narrowed in the same way until few values are
+// left.
+#pragma once
+
+#include "coreset/medians.inl"
+
+namespace pyoptim::coreset {
+namespace {
+
+#if defined(__AVX512F__)
+
+constexpr int kSample = 128, kMargin = 22;
+// Fewer rows are all kept.
+constexpr int64_t kSampledRows = 512;
+
+struct Within {
+  int64_t below, kept;
+};
+
+PYOPTIM_HD __m512 load_floats(const float* from) { return _mm512_loadu_ps(from); }
+
+// Writes what is from low to high, and moves the end behind it; returns how many are below. NaN is
+// neither.
+PYOPTIM_HD int squeeze_vector(__m512 x, float low, float high, float** end) {
+  const __mmask16 below = _mm512_cmp_ps_mask(x, _mm512_set1_ps(low), _CMP_LT_OQ);
+  const __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_set1_ps(high), _CMP_NLE_UQ);
+  const auto kept = static_cast<__mmask16>(~(below | above));
+  _mm512_storeu_ps(*end, _mm512_maskz_compress_ps(kept, x));
+  *end += __builtin_popcount(kept);
+  return __builtin_popcount(below);
+}
+
+PYOPTIM_HD __m512 load_part(const float* from, int64_t n, float fill) {
+  if (n >= kMedianLanes) return load_floats(from);
+  const auto mask = static_cast<__mmask16>((1u << n) - 1);
+  return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), mask, from);
+}
+
+// Writes the values from low to high to `to`, which has room for n and a vector.
+inline Within squeeze(const float* values, int64_t n, float low, float high, float* to) {
+  float* end = to;
+  int64_t below = 0, i = 0;
+  for (; i + kMedianLanes <= n; i += kMedianLanes) {
+    below += squeeze_vector(load_floats(values + i), low, high, &end);
+  }
+  if (i < n) {
+    const __m512 rest = load_part(values + i, n - i, __builtin_nanf(""));
+    below += squeeze_vector(rest, low, high, &end);
+  }
+  return {below, end - to};
+}
+
+struct Middle {
+  float low, high;
+};
+
+// The largest value below a pivot, and the smallest that is not.
+inline Middle neighbours(const float* values, int64_t n, float pivot) {
+  const __m512 bound = _mm512_set1_ps(pivot), infinite = _mm512_set1_ps(__builtin_inff());
+  __m512 below = -infinite, above = infinite;
+  for (int64_t i = 0; i < n; i += kMedianLanes) {
+    const __m512 x = load_part(values + i, n - i, __builtin_nanf(""));
+    below = _mm512_mask_max_ps(below, _mm512_cmp_ps_mask(x, bound, _CMP_LT_OQ), below, x);
+    above = _mm512_mask_min_ps(above, _mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ), above, x);
+  }
+  return {_mm512_reduce_max_ps(below), _mm512_reduce_min_ps(above)};
+}
+
+inline Middle extremes(const float* values, int64_t n) {
+  __m512 least = load_part(values, n, values[0]), largest = least;
+  for (int64_t i = kMedianLanes; i < n; i += kMedianLanes) {
+    const __m512 x = load_part(values + i, n - i, values[0]);
+    least = _mm512_min_ps(least, x);
+    largest = _mm512_max_ps(largest, x);
+  }
+  return {_mm512_reduce_min_ps(least), _mm512_reduce_max_ps(largest)};
+}
+
+// Values of a column, of which two of neighbouring ranks are wanted (or one, twice).
+struct Wanted {
+  float* values;
+  float* scratch;  // room for n and a vector, as values
+  int64_t n, rank, last;
+  float low, high;  // values are from low to high
+
+  void keep(float from, float to) {
+    const Within found = squeeze(values, n, from, to, scratch);
+    keep(from, to, found);
+  }
+  void keep(float from, float to, Within found) {
+    std::swap(values, scratch);
+    n = found.kept;
+    rank -= found.below;
+    last -= found.below;
+    low = from;
+    high = to;
+  }
+};
+
+PYOPTIM_HD float clamp_float(double x, float low, float high) {
+  return x < low ? low : x > high ? high : static_cast<float>(x);
+}
+
+// Around where the wanted values would be if all were evenly spread; every third time a value, so
+// that equal values are found, or the middle of the float32 numbers between the bounds, so that no
+// distribution takes many rounds.
+inline Middle choose_pivots(const Wanted& w, int round) {
+  const double width = static_cast<double>(w.high) - w.low, n = static_cast<double>(w.n);
+  if (round % 3 == 0 && width - width == 0) {
+    const double guess = w.low + width * (static_cast<double>(w.rank) + 1) / n;
+    const double margin = width * (1.5 * std::sqrt(n) + 2) / n;
+    return {clamp_float(guess - margin, w.low, w.high), clamp_float(guess + margin, w.low, w.high)};
+  }
+  const int64_t low = key_of(w.low), high = key_of(w.high);
+  const float pivot = round % 3 == 2 ? of_key(low + (high - low) / 2) : w.values[w.n / 2];
+  return {pivot, pivot};
+}
+
+// So few values are ranked by comparing all with all.
+inline Middle rank_few(const Wanted& w) {
+  const __m512 first = load_part(w.values, w.n, __builtin_inff());
+  const int64_t left = w.n > kMedianLanes ? w.n - kMedianLanes : 0;
+  const __m512 second = load_part(w.values + kMedianLanes, left, __builtin_inff());
+  Middle found = {};
+  for (int64_t i = 0; i < w.n; ++i) {
+    const __m512 x = _mm512_set1_ps(w.values[i]);
+    const uint32_t less = _mm512_cmp_ps_mask(first, x, _CMP_LT_OQ) |
+                          static_cast<uint32_t>(_mm512_cmp_ps_mask(second, x, _CMP_LT_OQ)) << 16;
+    const uint32_t equal = _mm512_cmp_ps_mask(first, x, _CMP_EQ_OQ) |
+                           static_cast<uint32_t>(_mm512_cmp_ps_mask(second, x, _CMP_EQ_OQ)) << 16;
+    const int64_t rank = __builtin_popcount(less) + __builtin_popcount(equal & ((1u << i) - 1));
+    if (rank == w.rank) found.low = w.values[i];
+    if (rank == w.last) found.high = w.values[i];
+  }
+  return found;
+}
+
+inline Middle select_middle(Wanted w) {
+  for (int round = 0; w.n > 2 * kMedianLanes; ++round) {
+    if (w.low == w.high) return {w.low, w.low};
+    const Middle pivots = choose_pivots(w, round);
+    const Within found = squeeze(w.values, w.n, pivots.low, pivots.high, w.scratch);
+    const int64_t end = found.below + found.kept;
+    if (w.rank >= found.below && w.last < end) {
+      w.keep(pivots.low, pivots.high, found);
+    } else if (w.last < found.below) {
+      w.keep(w.low, of_key(key_of(pivots.low) - 1));
+    } else if (w.rank >= end) {
+      w.keep(of_key(key_of(pivots.high) + 1), w.high);
+    } else if (w.rank < found.below) {
+      return neighbours(w.values, w.n, pivots.low);
+    } else {
+      return neighbours(w.values, w.n, of_key(key_of(pivots.high) + 1));
+    }
+  }
+  return rank_few(w);
+}
+
+// Batcher's odd-even mergesort of kSample values (Knuth, The Art of Computer Programming, volume 3,
+// 2nd edition, algorithm 5.2.2M) as a list of compared places.
+struct SortingNetwork {
+  uint8_t first[kSample * 12] = {}, second[kSample * 12] = {};
+  int n = 0;
+
+  constexpr SortingNetwork() {
+    for (int p = 1; p < kSample; p *= 2) {
+      for (int k = p; k >= 1; k /= 2) {
+        for (int j = k % p; j + k < kSample; j += 2 * k) {
+          for (int i = j; i < j + k && i + k < kSample; ++i) {
+            if (i / (2 * p) != (i + k) / (2 * p)) continue;
+            first[n] = static_cast<uint8_t>(i);
+            second[n++] = static_cast<uint8_t>(i + k);
+          }
+        }
+      }
+    }
+  }
+};
+
+// Sorts every lane.
+inline void sort_lanes(__m512* sample) {
+  static constexpr SortingNetwork network;
+  for (int i = 0; i < network.n; ++i) {
+    __m512 *const a = sample + network.first[i], *const b = sample + network.second[i];
+    const __m512 low = _mm512_min_ps(*a, *b), high = _mm512_max_ps(*a, *b);
+    *a = low;
+    *b = high;
+  }
+}
+
+// Rows become columns.
+PYOPTIM_HD void transpose(__m512* rows) {
+  __m512 t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    const auto wide = [&](int k) { return _mm512_castps_pd(t[k]); };
+    rows[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(wide(i), wide(i + 2)));
+    rows[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(wide(i), wide(i + 2)));
+    rows[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(wide(i + 1), wide(i + 3)));
+    rows[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(wide(i + 1), wide(i + 3)));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(rows[i], rows[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(rows[i], rows[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_f32x4(rows[i + 8], rows[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(rows[i + 8], rows[i + 12], 0xdd);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    rows[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    rows[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+
+// The medians of a block of columns.
+template <class E>
+class BlockMedians {
+ public:
+  explicit BlockMedians(ColumnMedians* work) : work_(*work), ld_(work->n + kMedianLanes) {}
+
+  void run() {
+    for (int64_t c = 0; c < work_.width; c += kMedianLanes) bracket(c);
+    work_.nan_row = -1;
+    if (read()) {
+      work_.nan_row = find_nan_row<E>(work_);
+      return;
+    }
+    for (int64_t c = 0; c < work_.width; ++c) work_.out[c] = median(c);
+  }
+
+ private:
+  const E* row(int64_t i) const {
+    const int64_t index = work_.rows ? work_.rows[i] : i;
+    return static_cast<const E*>(work_.data) + index * work_.stride + work_.first;
+  }
+
+  // Columns c, c + 1, ... of a row.
+  __m512 load_group(const E* row, int64_t c) const {
+    if (c + kMedianLanes <= work_.width) return (__m512)load_vector(row + c);
+    E tail[kMedianLanes];
+    copy_tail(row + c, work_.width - c, tail);
+    return (__m512)load_vector(tail);
+  }
+
+  void bracket(int64_t c) {
+    __m512 low = _mm512_set1_ps(-__builtin_inff()), high = -low;
+    if (work_.n >= kSampledRows) {
+      __m512 sample[kSample];
+      for (int i = 0; i < kSample; ++i) {
+        __builtin_prefetch(row((i + 16) % kSample * work_.n / kSample) + c);
+        sample[i] = load_group(row(i * work_.n / kSample), c);
+      }
+      sort_lanes(sample);
+      low = sample[kSample / 2 - kMargin];
+      high = sample[kSample / 2 + kMargin];
+    }
+    _mm512_storeu_ps(lows_ + c, low);
+    _mm512_storeu_ps(highs_ + c, high);
+    for (int64_t l = c; l < c + kMedianLanes; ++l) {
+      below_[l] = 0;
+      ends_[l] = work_.copy + l * ld_;
+    }
+  }
+
+  // Fills the lists; returns whether there is a NaN.
+  bool read() {
+    bool has_nan = false;
+    for (int64_t i = 0; i < work_.n; i += kMedianLanes) {
+      const E *rows[kMedianLanes], *next[kMedianLanes];
+      for (int64_t r = 0; r < kMedianLanes; ++r) {
+        rows[r] = row(i + r < work_.n ? i + r : i);
+        next[r] = row(i + r + kMedianLanes < work_.n ? i + r + kMedianLanes : i);
+      }
+      const int64_t n = work_.n - i < kMedianLanes ? work_.n - i : kMedianLanes;
+      for (int64_t c = 0; c < work_.width; c += kMedianLanes) {
+        has_nan |= n == kMedianLanes ? read_block<true>(rows, next, n, c)
+                                     : read_block<false>(rows, next, n, c);
+      }
+    }
+    return has_nan;
+  }
+
+  template <bool kIsWhole>
+  bool read_block(const E* const* rows, const E* const* next, int64_t n, int64_t c) {
+    __m512 block[kMedianLanes];
+    __mmask16 has_nan = 0;
+#pragma GCC unroll 16
+    for (int r = 0; r < kMedianLanes; ++r) {
+      __builtin_prefetch(next[r] + c);
+      block[r] = load_group(rows[r], c);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kMedianLanes; r += 2) {
+      has_nan |= _mm512_cmp_ps_mask(block[r], block[r + 1], _CMP_UNORD_Q);
+    }
+    transpose(block);
+    const auto absent = static_cast<__mmask16>(0xffffu << n);
+    const __m512 nan = _mm512_set1_ps(__builtin_nanf(""));
+    const float *const lows = lows_ + c, *const highs = highs_ + c;
+    int32_t* const below = below_ + c;
+    float** const ends = ends_ + c;
+#pragma GCC unroll 16
+    for (int l = 0; l < kMedianLanes; ++l) {
+      const __m512 x = kIsWhole ? block[l] : _mm512_mask_mov_ps(block[l], absent, nan);
+      below[l] += squeeze_vector(x, lows[l], highs[l], ends + l);
+    }
+    return has_nan != 0;
+  }
+
+  double median(int64_t c) {
+    const int64_t rank = (work_.n - 1) / 2, last = work_.n / 2;
+    float* const values = work_.copy + c * ld_;
+    float* const scratch = work_.copy + padded_width() * ld_;
+    const Within found = {below_[c], ends_[c] - values};
+    const bool is_within = rank >= found.below && last < found.below + found.kept;
+    if (!is_within) {
+      for (int64_t i = 0; i < work_.n; ++i) values[i] = load(row(i)[c]);
+    }
+    const int64_t n = is_within ? found.kept : work_.n, below = is_within ? found.below : 0;
+    const Middle ends =
+        is_within && work_.n >= kSampledRows ? Middle{lows_[c], highs_[c]} : extremes(values, n);
+    const Middle middle =
+        select_middle({values, scratch, n, rank - below, last - below, ends.low, ends.high});
+    const double low = middle.low, high = middle.high;
+    return low == high ? low : 0.5 * (low + high);
+  }
+
+  int64_t padded_width() const {
+    return (work_.width + kMedianLanes - 1) / kMedianLanes * kMedianLanes;
+  }
+
+  ColumnMedians& work_;
+  int64_t ld_;  // of the columns' lists
+  float lows_[kMedianColumns], highs_[kMedianColumns];
+  int32_t below_[kMedianColumns];  // values below the bracket
+  float* ends_[kMedianColumns];    // of the lists
+};
+
+#endif
+
+}  // namespace
+}  // namespace pyoptim::coreset
