@@ -1,6 +1,5 @@
 // The library's table of functions: the device, the errors and what is tuned.
 #include <exception>
-#include <iterator>
 #include <string>
 #include <utility>
 
@@ -32,9 +31,7 @@ constexpr RuleEntry kRules[] = {
 #undef PYOPTIM_ENTRY
 };
 
-bool is_known(RuleId rule) {
-  return rule >= RuleId{0} && static_cast<size_t>(rule) < std::size(kRules);
-}
+bool is_known(RuleId rule) { return rule >= RuleId{0} && rule < RuleId::count; }
 
 // A message stays valid until the thread's next call.
 const char* keep(std::string text) {
