@@ -72,7 +72,7 @@ def closed_loop(cohort: Cohort, controllers: Mapping[str, list[Controller]]) -> 
     fold = next(i for i, families in enumerate(FOLDS) if family in families)
     policies: dict[str, MakePolicy] = {
         **RIVALS,
-        **{name: controlled(by_fold[fold]) for name, by_fold in controllers.items()},
+        **{name: controlled(by_fold[fold].probabilities) for name, by_fold in controllers.items()},
     }
     draw, rng = random.Random(cohort.index), torch.Generator().manual_seed(cohort.index)
     problem = TASKS[cohort.task].build(draw, rng)

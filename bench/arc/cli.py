@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import generate, results
+from . import comparison, generate, results
 from .points import load_points
 from .tasks import TASKS
 from .train import CANDIDATES
@@ -51,8 +51,13 @@ def _ship(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     kept = results.Results(options.results)
-    results.compare_unseen(options.tasks, options.controllers, kept)
-    print(results.markdown(kept))
+    comparison.run(options.tasks, options.controllers, kept, options.seeds)
+    text = comparison.markdown(kept)
+    options.results.with_suffix(".md").write_text(text + "\n")
+    print(text)
+    if options.plot:
+        for path in comparison.draw(kept, options.results.parent):
+            print(path)
 
 
 def _all(options: argparse.Namespace) -> None:
@@ -85,7 +90,9 @@ def parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="shipped controllers and rivals, unseen tasks")
     compare.add_argument("--results", type=Path, default=Path("arc-unseen.json"))
     compare.add_argument("--tasks", nargs="+", default=list(UNSEEN), choices=UNSEEN)
-    compare.add_argument("--controllers", nargs="+", default=["default", "conv-lstm"])
+    compare.add_argument("--controllers", nargs="+", default=["default"], help="ARC's networks")
+    compare.add_argument("--seeds", type=int, default=comparison.SEEDS)
+    compare.add_argument("--plot", action="store_true", help="draws curves beside the results")
     compare.set_defaults(run=_compare)
     return top
 

@@ -15,13 +15,11 @@ import torch
 from pyoptim import arc
 
 from .choose import closed_loop, fold_controllers, proxies, shares_lost
-from .compare import best_so_far, ranks, simulate, steps_to_threshold
 from .generate import Cohort
 from .points import Points
-from .schedules import RIVALS, controlled
+from .schedules import RIVALS
 from .tasks import TASKS
 from .train import BASELINES, RECIPES, Train, cross_validate, decide, score
-from .unseen import UNSEEN, Unseen
 
 Row = dict[str, Any]
 
@@ -40,10 +38,18 @@ class Results:
         if key not in rows:
             rows[key] = make()
             partial = self.path.with_suffix(".part")
-            partial.write_text(json.dumps(self.sections, indent=1) + "\n")
+            partial.write_text(self._text())
             partial.replace(self.path)
             print(f"{section}: {key}", flush=True)
         return rows[key]
+
+    def _text(self) -> str:
+        """JSON with one row a line: short files, and a diff that shows what was added."""
+        parts = []
+        for name, rows in self.sections.items():
+            lines = [f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in rows.items()]
+            parts.append(f" {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n }")
+        return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def judge_on_points(
@@ -108,35 +114,6 @@ def ship(points: Points, choices: Mapping[str, str], folder: Path, note: str) ->
     }
 
 
-def compare_unseen(tasks: Sequence[str], weights: Sequence[str], results: Results) -> None:
-    """The comparison of the paper's section 4 on tasks that no controller was trained on."""
-    for task in tasks:
-        results.once("unseen", task, lambda t=task: _unseen_row(UNSEEN[t], weights))
-
-
-def _unseen_row(task: Unseen, weights: Sequence[str], seeds: int = 5) -> Row:
-    problem = task.build()
-    policies = {**RIVALS, **{f"arc {name}": controlled(arc.load(name)) for name in weights}}
-    cohort = Cohort(
-        *(0, "unseen", task.optimizer, 0.0, task.epochs, task.steps, task.batch), task.rates
-    )
-    outcome = simulate(problem, cohort, policies, seeds, task.metric(problem))
-    best = best_so_far(outcome.metric, task.higher_is_better)[..., -1]
-    cells = {}
-    for i, rate in enumerate(task.rates):
-        steps = steps_to_threshold(outcome.metric[:, i], task.steps, task.higher_is_better)
-        cells[f"{rate:g}"] = {
-            name: {
-                "best": best[p, i].tolist(),
-                "final": outcome.metric[p, i, :, -1].tolist(),
-                "steps": steps[p].tolist(),
-                "last rate": outcome.lrs[p, i, :, -1].tolist(),
-            }
-            for p, name in enumerate(policies)
-        }
-    return {"unit": task.unit, "higher is better": task.higher_is_better, "cells": cells}
-
-
 def describe(points: Points) -> Row:
     """Counts of the data set, for the model card."""
     confirmed = float((points.labels == points.raw_labels).double().mean())
@@ -168,7 +145,6 @@ def markdown(results: Results) -> str:
     tables = {
         "points": _points_table,
         "closed loop": _loop_table,
-        "unseen": _unseen_table,
     }
     return "\n\n".join(
         make(list(results.sections[name].items()))
@@ -177,7 +153,7 @@ def markdown(results: Results) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -195,7 +171,7 @@ def _points_table(rows: list[tuple[str, Row]]) -> str:
             ]
         lines.append(line)
     head = ["%", "accuracy", "weighted", "opposite", "regret"]
-    return _table([*head, *(f"{h}, no validation" for h in head[1:])], lines)
+    return table([*head, *(f"{h}, no validation" for h in head[1:])], lines)
 
 
 def _loop_table(rows: list[tuple[str, Row]]) -> str:
@@ -205,18 +181,4 @@ def _loop_table(rows: list[tuple[str, Row]]) -> str:
         shares = torch.tensor([row["share lost"][name] for _, row in rows])
         cells = [*shares.mean(0).tolist(), float(shares.mean())]
         lines.append([name, *(f"{100 * cell:.0f}" for cell in cells)])
-    return _table(["share lost, %", "small rate", "usual", "large", "all"], lines)
-
-
-def _unseen_table(rows: list[tuple[str, Row]]) -> str:
-    lines = []
-    for task, row in rows:
-        for rate, cell in row["cells"].items():
-            means = [statistics.mean(v["best"]) for v in cell.values()]
-            places = ranks(means, row["higher is better"])
-            for (name, value), mean, place in zip(cell.items(), means, places, strict=True):
-                spread = statistics.pstdev(value["best"])
-                final, steps = statistics.mean(value["final"]), statistics.mean(value["steps"])
-                measured = [f"{mean:.2f} ± {spread:.2f}", f"{final:.2f}", f"{steps:.0f}"]
-                lines.append([task, rate, name, *measured, str(place)])
-    return _table(["task", "initial rate", "policy", "best", "final", "steps", "place"], lines)
+    return table(["share lost, %", "small rate", "usual", "large", "all"], lines)
