@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import pyoptim
@@ -24,9 +23,12 @@ class Prodigy:
         from prodigyopt import Prodigy as Optimizer
 
         self.optimizer = Optimizer(params, lr=1.0)
-        schedule = pyoptim.lr_scheduler.cosine if annealed else pyoptim.lr_scheduler.linear
-        options = {} if annealed else {"end_factor": 1.0}
-        self.schedule = schedule(self.optimizer, steps, **options)
+        schedules = pyoptim.lr_scheduler
+        self.schedule = (
+            schedules.cosine(self.optimizer, steps)
+            if annealed
+            else schedules.constant(self.optimizer)
+        )
 
     def step(self, loss: Callable[[], Tensor]) -> None:
         self.optimizer.zero_grad()

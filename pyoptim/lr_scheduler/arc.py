@@ -22,7 +22,7 @@ RAISE, KEEP, LOWER = range(3)
 DEFAULT_INTERVAL = 3
 # As many decisions in a training of known length (paper, section 5).
 DECISIONS_PER_TRAINING = 10
-# How sure the network has to be of a direction: chosen on held-out families, docs/arc-model-card.md.
+# How sure the network has to be of a direction: chosen on held-out families, see the model card.
 MARGIN = 0.4
 # Share of a training of known length in which the rate falls to zero, chosen in the same way.
 FINAL_DECAY = 0.3
