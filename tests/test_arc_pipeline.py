@@ -788,6 +788,49 @@ def test_proxy_tasks_are_held_out_from_their_controllers(tmp_path: Path, monkeyp
     assert outcome.metric.shape == (5, 3, choose.SEEDS, 2)
 
 
+def test_rules_are_judged_on_families_that_the_controller_has_not_seen(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(choose, "EPOCHS", 10)
+    monkeypatch.setattr(choose, "RULE_STEPS", 2)
+    monkeypatch.setattr(choose, "RULE_DRAWS", 1)
+    monkeypatch.setattr(results, "RULES", {"bold": {"margin": None}, "never": {"margin": 0.999}})
+    asked: list[int] = []
+
+    class Raises(SummaryNet):
+        def probabilities(self, *window) -> tuple[float, float, float]:
+            asked.append(self.members)
+            return (0.9, 0.05, 0.05)
+
+    folds = [Raises(0, members) for members in (1, 2, 3, 4)]
+    monkeypatch.setattr(results, "fold_controllers", lambda *_: folds)
+    kept = results.Results(tmp_path / "r.json")
+    results.judge_rules(made_points(20), "any", ["wine-mlp"], tmp_path, kept)
+    assert set(asked) == {1 + next(i for i, f in enumerate(train.FOLDS) if "tabular" in f)}
+    (row,) = kept.sections["rules"].values()
+    best = row["best"]
+    assert list(best) == [*schedules.RIVALS, "bold", "never"]
+    assert best["bold"] != best["constant"]
+    assert "| never |" in results.markdown(kept)
+    assert "1/1 wine-mlp, adam" in capsys.readouterr().out
+
+
+def test_rules_table_counts_places_and_losses() -> None:
+    # One task, one rate, two seeds.
+    best = {"constant": [[1.0, 1.2]], "cyclic cosine": [[2.0, 2.0]], "exponential": [[3.0, 3.0]]}
+    best |= {"good": [[0.5, 0.7]], "bad": [[1.25, 1.27]], "third": [[2.5, 2.5]]}
+    table = results.markdown(in_memory("rules", {"best": best}))
+    assert "| good | 0 | 0 | 100 | 0 |" in table
+    assert "| bad | 27 | 27 | 100 | 100 |" in table
+    assert "| third | 79 | 79 | 0 | 100 |" in table
+
+
+def in_memory(section: str, row: dict) -> results.Results:
+    kept = results.Results(Path("unused"))
+    kept.sections[section] = {"row": row}
+    return kept
+
+
 def test_stacked_lstm_is_torch_lstm() -> None:
     layer = LSTM("l", 3, 4)
     r = create([layer], 1, torch.Generator().manual_seed(0))

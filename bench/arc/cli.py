@@ -1,4 +1,4 @@
-"""The pipeline of the ARC controller, from data to weights: generate, judge, ship, compare."""
+"""The pipeline of the ARC controller: generate, judge, rules, ship, compare."""
 
 from __future__ import annotations
 
@@ -42,6 +42,13 @@ def _judge(options: argparse.Namespace) -> None:
     print(results.markdown(kept))
 
 
+def _rules(options: argparse.Namespace) -> None:
+    points, kept = load_points(options.folder), results.Results(options.results)
+    recipe = SHIPPED["default"]
+    results.judge_rules(points, recipe, PROXIES, options.folder / "folds", kept)
+    print(results.markdown(kept))
+
+
 def _ship(options: argparse.Namespace) -> None:
     points = load_points(options.folder)
     note = f"{len(points)} points of {len(TASKS)} tasks"
@@ -82,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     steps = {
         "generate": (_generate, "train and branch; continues where it was stopped"),
         "judge": (_judge, "train controllers, judge them on families that they have not seen"),
+        "rules": (_rules, "ways of following the answers, on families not seen"),
         "ship": (_ship, "train the chosen controllers on all data, write their weights"),
         "all": (_all, "generate, judge and ship"),
     }

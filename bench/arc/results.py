@@ -11,10 +11,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pyoptim import arc
 
-from .choose import closed_loop, fold_controllers, proxies, shares_lost
+from .choose import (
+    RULES,
+    closed_loop,
+    fold_controllers,
+    proxies,
+    rule_cohorts,
+    shares_lost,
+    shares_lost_of,
+    under_rules,
+)
+from .compare import best_so_far
 from .generate import Cohort
 from .points import Points
 from .schedules import RIVALS
@@ -103,6 +114,29 @@ def _loop_row(cohort: Cohort, controllers: Mapping[str, list[arc.Controller]]) -
     }
 
 
+def judge_rules(
+    points: Points, recipe: str, tasks: Sequence[str], folds: Path, results: Results
+) -> None:
+    """Whole trainings of held-out families under every rule of `choose.RULES`."""
+    controllers = fold_controllers(points, recipe, 0, folds)
+    cohorts = rule_cohorts(tasks)
+    for number, cohort in enumerate(cohorts, 1):
+        print(f"{number}/{len(cohorts)} {cohort.task}, {cohort.optimizer}", flush=True)
+        results.once(
+            "rules", f"{cohort.task} {cohort.index}", lambda c=cohort: _rule_row(c, controllers)
+        )
+
+
+def _rule_row(cohort: Cohort, controllers: Sequence[arc.Controller]) -> Row:
+    best = best_so_far(under_rules(cohort, controllers, RULES).metric, higher_is_better=False)
+    names = [*RIVALS, *RULES]
+    return {
+        "optimizer": cohort.optimizer,
+        "rates": cohort.rates,
+        "best": dict(zip(names, best[..., -1].tolist(), strict=True)),
+    }
+
+
 def ship(points: Points, choices: Mapping[str, str], folder: Path, note: str) -> dict[str, str]:
     """Trains the chosen recipes on all points; name to the SHA-256 of the file that it wrote."""
     folder.mkdir(exist_ok=True)
@@ -145,6 +179,7 @@ def markdown(results: Results) -> str:
     tables = {
         "points": _points_table,
         "closed loop": _loop_table,
+        "rules": _rules_table,
     }
     return "\n\n".join(
         make(list(results.sections[name].items()))
@@ -182,3 +217,34 @@ def _loop_table(rows: list[tuple[str, Row]]) -> str:
         cells = [*shares.mean(0).tolist(), float(shares.mean())]
         lines.append([name, *(f"{100 * cell:.0f}" for cell in cells)])
     return table(["share lost, %", "small rate", "usual", "large", "all"], lines)
+
+
+def _rules_table(rows: list[tuple[str, Row]]) -> str:
+    names = list(rows[0][1]["best"])
+    best = torch.tensor([[row["best"][name] for name in names] for _, row in rows])
+    shares = torch.stack([shares_lost_of(task) for task in best]).mean(0)  # [policies, rates]
+    second, worse = _seconds(best, names), _worse(best)
+    lines = []
+    for i, name in enumerate(names):
+        cells = [*shares[i].tolist(), float(shares[i].mean()), float(second[i]), float(worse[i])]
+        lines.append([name, *(f"{100 * cell:.0f}" for cell in cells)])
+    head = ["share lost, %", "large rate", "middle", "small", "all"]
+    return table([*head, "best or second, %", "worse than constant, %"], lines)
+
+
+def _seconds(best: Tensor, names: Sequence[str]) -> Tensor:
+    """Share of cells in which a policy is first or second among itself and the paper's three."""
+    means = best.mean(3)  # [tasks, policies, rates]
+    rivals = [names.index(name) for name in ("constant", "cyclic cosine", "exponential")]
+    places = []
+    for p in range(len(names)):
+        others = means[:, [r for r in rivals if r != p]]
+        places.append((others < means[:, p : p + 1]).sum(1) < 2)
+    return torch.stack(places).double().mean((1, 2))
+
+
+def _worse(best: Tensor) -> Tensor:
+    """Share of cells in which a policy is worse than constant by more than either's deviation."""
+    mean, spread = best.mean(3), best.std(3, correction=0)
+    gap = mean - mean[:, :1]
+    return (gap > torch.maximum(spread, spread[:, :1])).double().mean((0, 2))
