@@ -46,11 +46,12 @@ RULE_DRAWS = 2
 PAPER_RULE: dict[str, Any] = {"margin": None, "final_decay": 0.0}
 RULES: dict[str, dict[str, Any]] = {
     "the paper's": PAPER_RULE,
-    "the paper's, every third epoch": {**PAPER_RULE, "interval": 3},
     "final decay": {"margin": None},
-    "margin": {"final_decay": 0.0},
-    "margin and final decay": {},
-    "and every third epoch": {"interval": 3},
+    "margins 0.3, 0.1": {"margin": (0.3, 0.1), "final_decay": 0.0},
+    "margins 0.4, final decay": {"margin": (0.4, 0.4)},
+    "margins 0.3, final decay": {"margin": (0.3, 0.3)},
+    "margins 0.3, 0.1, final decay": {"margin": (0.3, 0.1)},
+    "margins 0.3, 0.1, longer decay": {"margin": (0.3, 0.1), "final_decay": 0.4},
 }
 
 
