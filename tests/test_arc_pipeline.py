@@ -794,9 +794,7 @@ def test_rules_are_judged_on_families_that_the_controller_has_not_seen(
     monkeypatch.setattr(choose, "EPOCHS", 10)
     monkeypatch.setattr(choose, "RULE_STEPS", 2)
     monkeypatch.setattr(choose, "RULE_DRAWS", 1)
-    monkeypatch.setattr(
-        results, "RULES", {"bold": {"margin": None}, "never": {"margin": (0.999, 0.999)}}
-    )
+    monkeypatch.setattr(results, "RULES", {"bold": {"margin": None}, "never": {"margin": 0.999}})
     asked: list[int] = []
 
     class Raises(SummaryNet):

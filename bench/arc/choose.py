@@ -47,11 +47,11 @@ PAPER_RULE: dict[str, Any] = {"margin": None, "final_decay": 0.0}
 RULES: dict[str, dict[str, Any]] = {
     "the paper's": PAPER_RULE,
     "final decay": {"margin": None},
-    "margins 0.3, 0.1": {"margin": (0.3, 0.1), "final_decay": 0.0},
-    "margins 0.4, final decay": {"margin": (0.4, 0.4)},
-    "margins 0.3, final decay": {"margin": (0.3, 0.3)},
-    "margins 0.3, 0.1, final decay": {"margin": (0.3, 0.1)},
-    "margins 0.3, 0.1, longer decay": {"margin": (0.3, 0.1), "final_decay": 0.4},
+    "margin 0.3": {"margin": 0.3, "final_decay": 0.0},
+    "margin 0.2, final decay": {"margin": 0.2},
+    "margin 0.3, final decay": {"margin": 0.3},
+    "margin 0.4, final decay": {"margin": 0.4},
+    "margin 0.3, longer decay": {"margin": 0.3, "final_decay": 0.4},
 }
 
 
