@@ -49,23 +49,23 @@ def lr_of(scheduler: ARC, group: int = 0) -> float:
 
 
 @pytest.mark.parametrize(
-    ("margin", "answer", "factor"),
+    ("margins", "answer", "factor"),
     [
         (None, RAISE, 1.618),
         (None, KEEP, 1.0),
         (None, LOWER, 0.618),
         (None, (0.2, 0.3, 0.5), 0.618),
         (None, (0.4, 0.35, 0.25), 1.618),
-        (0.5, (0.8, 0.0, 0.2), 1.618),
-        (0.5, (0.7, 0.0, 0.3), 1.0),
-        (0.5, (0.2, 0.0, 0.8), 0.618),
-        (0.5, (0.3, 0.0, 0.7), 1.0),
-        (0.0, (0.3, 0.5, 0.2), 1.618),
-        (0.0, (0.3, 0.4, 0.3), 1.0),
+        ((0.5, 0.2), (0.8, 0.0, 0.2), 1.618),
+        ((0.5, 0.2), (0.7, 0.0, 0.3), 1.0),
+        ((0.5, 0.2), (0.3, 0.0, 0.7), 0.618),
+        ((0.5, 0.2), (0.45, 0.0, 0.55), 1.0),
+        ((0.0, 0.0), (0.3, 0.5, 0.2), 1.618),
+        ((0.0, 0.0), (0.3, 0.4, 0.3), 1.0),
     ],
 )
-def test_the_answer_multiplies_the_rate(margin: Any, answer: Any, factor: float) -> None:
-    scheduler = ARC(sgd(), 2, weights=Says(answer), margin=margin)
+def test_the_answer_multiplies_the_rate(margins: Any, answer: Any, factor: float) -> None:
+    scheduler = ARC(sgd(), 2, weights=Says(answer), margins=margins)
     run(scheduler, 1)
     assert lr_of(scheduler) == 0.1
     assert scheduler.decisions == []
@@ -274,7 +274,12 @@ def test_a_resumed_run_decides_as_if_never_stopped() -> None:
     def likely(*window: list[float]) -> tuple[float, ...]:
         return tuple(abs(sum(math.sin(50 * x) for x in values)) for values in window)
 
-    options: dict[str, Any] = {"interval": 2, "epochs": 11, "weights": likely, "margin": 0.0}
+    options: dict[str, Any] = {
+        "interval": 2,
+        "epochs": 11,
+        "weights": likely,
+        "margins": (0.0, 0.0),
+    }
     whole = ARC(sgd(), **options)
     run(whole, 11, curve)
     assert {d.action for d in whole.decisions} >= {"raise", "lower", "decay"}
@@ -330,7 +335,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "bool": ({"interval": True}, "interval must be"),
     "word": ({"interval": "often"}, "interval must be"),
     "epochs": ({"epochs": 0}, "epochs must be"),
-    "margin": ({"margin": 1.0}, "margin must be"),
+    "margins": ({"margins": (0.1, 1.0)}, "margins must be"),
+    "one margin": ({"margins": 0.3}, "margins must be"),
     "decay": ({"final_decay": 1.0}, "final_decay must be"),
     "bounds": ({"min_lr": 1.0, "max_lr": 0.5}, "min_lr <= max_lr"),
     "steps": ({"steps_per_epoch": 0}, "steps_per_epoch must be"),

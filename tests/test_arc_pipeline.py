@@ -794,7 +794,9 @@ def test_rules_are_judged_on_families_that_the_controller_has_not_seen(
     monkeypatch.setattr(choose, "EPOCHS", 10)
     monkeypatch.setattr(choose, "RULE_STEPS", 2)
     monkeypatch.setattr(choose, "RULE_DRAWS", 1)
-    monkeypatch.setattr(results, "RULES", {"bold": {"margin": None}, "never": {"margin": 0.999}})
+    monkeypatch.setattr(
+        results, "RULES", {"bold": {"margins": None}, "never": {"margins": (0.999, 0.999)}}
+    )
     asked: list[int] = []
 
     class Raises(SummaryNet):
@@ -805,7 +807,9 @@ def test_rules_are_judged_on_families_that_the_controller_has_not_seen(
     folds = [Raises(0, members) for members in (1, 2, 3, 4)]
     monkeypatch.setattr(results, "fold_controllers", lambda *_: folds)
     kept = results.Results(tmp_path / "r.json")
-    results.judge_rules(made_points(20), "any", ["wine-mlp"], tmp_path, kept)
+    results.judge_rules(made_points(200), "any", ["wine-mlp"], tmp_path, kept)
+    counts = [row[2] + row[5] for row in kept.sections["leans"]["all"]["rows"]]
+    assert sum(counts) == 200
     assert set(asked) == {1 + next(i for i, f in enumerate(train.FOLDS) if "tabular" in f)}
     (row,) = kept.sections["rules"].values()
     best = row["best"]
@@ -897,6 +901,8 @@ def test_goal_counts_cells_that_are_second_or_below_the_constant_rate() -> None:
         "below constant by more than a standard deviation in 1."
     )
     table = comparison.markdown(kept)
+    row = "| 71.00 ± 1.00 | 75.00 ± 0.00 | **80.00 ± 0.00** | 70.00 ± 0.50 |"
+    assert f"| fashion-mixer | 0.01 {row}" in table
     assert "| 0.01 | arc | 70.00 ± 0.50 | 70.00 ± 0.50 | 40 ± 0 | 4 | 3 |" in table
     assert "| 0.0001 | prodigy | 80.00 ± 0.00 | 80.00 ± 0.00 | 40 ± 0 | 1 |  |" in table
 

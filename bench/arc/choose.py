@@ -43,15 +43,15 @@ RULE_RATES = {
 }
 RULE_DRAWS = 2
 # What the scheduler does with the answers of the network: options of `pyoptim.lr_scheduler.ARC`.
-PAPER_RULE: dict[str, Any] = {"margin": None, "final_decay": 0.0}
+PAPER_RULE: dict[str, Any] = {"margins": None, "final_decay": 0.0}
 RULES: dict[str, dict[str, Any]] = {
     "the paper's": PAPER_RULE,
-    "final decay": {"margin": None},
-    "margin 0.3": {"margin": 0.3, "final_decay": 0.0},
-    "margin 0.2, final decay": {"margin": 0.2},
-    "margin 0.3, final decay": {"margin": 0.3},
-    "margin 0.4, final decay": {"margin": 0.4},
-    "margin 0.3, longer decay": {"margin": 0.3, "final_decay": 0.4},
+    "final decay": {"margins": None},
+    "margins 0.3, 0.1": {"margins": (0.3, 0.1), "final_decay": 0.0},
+    "margins 0.4, 0.4, final decay": {"margins": (0.4, 0.4)},
+    "margins 0.3, 0.3, final decay": {"margins": (0.3, 0.3)},
+    "margins 0.3, 0.1, final decay": {"margins": (0.3, 0.1)},
+    "margins 0.3, 0, final decay": {"margins": (0.3, 0.0)},
 }
 
 

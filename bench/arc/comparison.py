@@ -156,7 +156,24 @@ def markdown(results: Results) -> str:
     texts = [
         f"{task}, {UNSEEN[task].unit}:\n\n{table(head, lines)}" for task, lines in parts.items()
     ]
-    return "\n\n".join([*texts, goal(results)])
+    return "\n\n".join([overview(results), goal(results), *texts])
+
+
+def overview(results: Results) -> str:
+    """One line per cell: the best metric of every policy, mean over seeds; the best is bold."""
+    found = [(task, rate, _summary(UNSEEN[task], cell)) for task, rate, cell in cells(results)]
+    names = list(dict.fromkeys(name for _, _, cell in found for name in cell))
+    lines = []
+    for task, rate, cell in found:
+        line = [task, f"{rate:g}"]
+        for name in names:
+            if name not in cell:
+                line.append("")
+                continue
+            text = _spread(cell[name]["best"], ".2f")
+            line.append(f"**{text}**" if cell[name]["place"] == 1 else text)
+        lines.append(line)
+    return table(["best metric", "initial rate", *names], lines)
 
 
 def _line(found: dict[str, Any]) -> list[str]:

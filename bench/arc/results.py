@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ from .choose import (
 )
 from .compare import best_so_far
 from .generate import Cohort
-from .points import Points
+from .points import KEEP, LOWER, RAISE, Points
 from .schedules import RIVALS
 from .tasks import TASKS
-from .train import BASELINES, RECIPES, Train, cross_validate, decide, score
+from .train import BASELINES, RECIPES, Train, cross_validate, decide, leans, regrets, score
 
 Row = dict[str, Any]
+LEANS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 
 
 class Results:
@@ -119,12 +121,27 @@ def judge_rules(
 ) -> None:
     """Whole trainings of held-out families under every rule of `choose.RULES`."""
     controllers = fold_controllers(points, recipe, 0, folds)
+    results.once("leans", "all", lambda: _lean_row(points, controllers))
     cohorts = rule_cohorts(tasks)
     for number, cohort in enumerate(cohorts, 1):
         print(f"{number}/{len(cohorts)} {cohort.task}, {cohort.optimizer}", flush=True)
         results.once(
             "rules", f"{cohort.task} {cohort.index}", lambda c=cohort: _rule_row(c, controllers)
         )
+
+
+def _lean_row(points: Points, controllers: Sequence[arc.Controller]) -> Row:
+    """What moving and keeping cost where the answer leans little and much, by direction."""
+    lean = leans(points, controllers)
+    cost = [regrets(points.losses, torch.full((len(points),), k)) for k in (RAISE, KEEP, LOWER)]
+    rows = []
+    for low, high in pairwise(LEANS):
+        row: list[float] = [low, high]
+        for move, toward in ((RAISE, lean), (LOWER, -lean)):
+            here = (toward > low) & (toward <= high)
+            row += [int(here.sum()), *(float(cost[k][here].mean()) for k in (move, KEEP))]
+        rows.append(row)
+    return {"rows": rows}
 
 
 def _rule_row(cohort: Cohort, controllers: Sequence[arc.Controller]) -> Row:
@@ -179,6 +196,7 @@ def markdown(results: Results) -> str:
     tables = {
         "points": _points_table,
         "closed loop": _loop_table,
+        "leans": _leans_table,
         "rules": _rules_table,
     }
     return "\n\n".join(
@@ -217,6 +235,19 @@ def _loop_table(rows: list[tuple[str, Row]]) -> str:
         cells = [*shares.mean(0).tolist(), float(shares.mean())]
         lines.append([name, *(f"{100 * cell:.0f}" for cell in cells)])
     return table(["share lost, %", "small rate", "usual", "large", "all"], lines)
+
+
+def _leans_table(rows: list[tuple[str, Row]]) -> str:
+    lines = [
+        [
+            f"{low:g} to {high:g}",
+            *(f"{100 * x:.0f}" if isinstance(x, float) else str(x) for x in rest),
+        ]
+        for low, high, *rest in rows[0][1]["rows"]
+    ]
+    up, down = (["points", f"{move}: regret, %", "keep: regret, %"] for move in ("raise", "lower"))
+    head = ["lean", *(f"{h}, up" for h in up), *(f"{h}, down" for h in down)]
+    return table(head, lines)
 
 
 def _rules_table(rows: list[tuple[str, Row]]) -> str:

@@ -22,8 +22,9 @@ RAISE, KEEP, LOWER = range(3)
 DEFAULT_INTERVAL = 3
 # As many decisions in a training of known length (paper, section 5).
 DECISIONS_PER_TRAINING = 10
-# How sure the network has to be of a direction: chosen on held-out families, see the model card.
-MARGIN = 0.3
+# How sure the network has to be to raise and to lower: chosen on held-out families, see the model
+# card.
+MARGINS = (0.3, 0.1)
 # Share of a training of known length in which the rate falls to zero, chosen in the same way.
 FINAL_DECAY = 0.3
 # The loss has diverged when its mean over a cycle rose by so many times the first cycle's.
@@ -83,8 +84,9 @@ class ARC(LRScheduler):
             a path to a file that `pyoptim.arc.save` made, or a function of training losses,
             validation losses and learning rates (as `pyoptim.arc.Controller.probabilities`) that
             gives the probabilities of raise, keep and lower.
-        margin: the rate is raised or lowered when the probabilities of the two differ by more than
-            this, else kept. None: the likeliest of the three is done, as in the paper.
+        margins: two numbers. The rate is raised when the probability of "raise" exceeds that of
+            "lower" by more than the first, lowered when it falls short by more than the second,
+            else kept. None: the likeliest of the three is done, as in the paper.
         final_decay: share of `epochs`, at the end, in which the network is not asked and every
             epoch's rate is a step down a line to zero; without `epochs` there is none. 0: none, as
             in the paper.
@@ -106,7 +108,7 @@ class ARC(LRScheduler):
     Raises: ValueError for an argument out of range, in `record` for a loss of more than one
     element, in `step` at the end of a cycle in which nothing was recorded.
     Source: "To Raise or Not To Raise: The Autonomous Learning Rate Question"; see `pyoptim.arc`.
-    Differs: margin, final decay, guard, bounds, groups, resuming.
+    Differs: margins, final decay, guard, bounds, groups, resuming.
     """
 
     def __init__(
@@ -116,7 +118,7 @@ class ARC(LRScheduler):
         epochs: int | None = None,
         *,
         weights: str | Path | Judge = "default",
-        margin: float | None = MARGIN,
+        margins: tuple[float, float] | None = MARGINS,
         final_decay: float = FINAL_DECAY,
         min_lr: float = 0.0,
         max_lr: float = math.inf,
@@ -132,12 +134,14 @@ class ARC(LRScheduler):
             raise ValueError(f"steps_per_epoch must be at least 1 or None, got {steps_per_epoch}")
         if last_epoch != -1:
             raise ValueError(f"last_epoch must be -1, got {last_epoch}; resume by load_state_dict")
-        if margin is not None and not 0.0 <= margin < 1.0:
-            raise ValueError(f"margin must be at least 0 and below 1, or None, got {margin}")
+        if margins is not None and not _are_margins(margins):
+            raise ValueError(
+                f"margins must be two numbers, at least 0 and below 1, or None, got {margins}"
+            )
         if not 0.0 <= final_decay < 1.0:
             raise ValueError(f"final_decay must be at least 0 and below 1, got {final_decay}")
         self.min_lr, self.max_lr = min_lr, max_lr
-        self.margin = margin
+        self.margins = margins
         self._decay = _epochs_of_decay(epochs, final_decay)
         self.guard = guard
         self.steps_per_epoch = steps_per_epoch or 1
@@ -251,10 +255,11 @@ class ARC(LRScheduler):
         return self._action(probabilities), probabilities
 
     def _action(self, probabilities: tuple[float, ...]) -> int:
-        if self.margin is None:
+        if self.margins is None:
             return max(range(len(ACTIONS)), key=probabilities.__getitem__)
         lean = probabilities[RAISE] - probabilities[LOWER]
-        return RAISE if lean > self.margin else LOWER if lean < -self.margin else KEEP
+        to_raise, to_lower = self.margins
+        return RAISE if lean > to_raise else LOWER if lean < -to_lower else KEEP
 
     def _move(self, factor: float) -> float:
         """Multiplies every learning rate; returns the factor that the bounds leave."""
@@ -387,6 +392,12 @@ def _interval(interval: int | str, epochs: int | None) -> int:
     if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
         raise ValueError(f'interval must be "auto" or a whole number above 0, got {interval!r}')
     return interval
+
+
+def _are_margins(margins: Any) -> bool:
+    if not isinstance(margins, Sequence) or len(margins) != 2:
+        return False
+    return all(isinstance(m, int | float) and 0.0 <= m < 1.0 for m in margins)
 
 
 def _epochs_of_decay(epochs: int | None, share: float) -> range:
