@@ -24,7 +24,7 @@ DEFAULT_INTERVAL = 3
 DECISIONS_PER_TRAINING = 10
 # How sure the network has to be to raise and to lower: chosen on held-out families, see the model
 # card.
-MARGINS = (0.3, 0.1)
+MARGINS = (0.4, 0.4)
 # Share of a training of known length in which the rate falls to zero, chosen in the same way.
 FINAL_DECAY = 0.3
 # The loss has diverged when its mean over a cycle rose by so many times the first cycle's.
