@@ -109,21 +109,31 @@ def test_the_interval_makes_about_ten_decisions(interval: Any, epochs: Any, expe
 
 
 def test_a_training_of_known_length_ends_on_a_line_to_zero() -> None:
-    says = Says(RAISE)
+    says = Says(*[RAISE] * 4, KEEP)
     scheduler = ARC(sgd(0.1, 0.02), epochs=10, final_decay=0.4, weights=says)
     rates = [lr_of(scheduler)]
     for _ in range(9):
         run(scheduler, 1)
         rates.append(lr_of(scheduler))
         assert lr_of(scheduler, 1) == pytest.approx(rates[-1] / 5)
-    peak = 0.1 * 1.618**5
-    falling = [peak * left / 5 for left in (5, 4, 3, 2, 1)]
-    assert rates == pytest.approx([0.1 * 1.618**n for n in range(5)] + falling)
-    assert [d.action for d in scheduler.decisions] == ["raise"] * 5 + ["decay"] * 4
+    peak = 0.1 * 1.618**4
+    falling = [peak * left / 5 for left in (5, 5, 4, 3, 2, 1)]
+    assert rates == pytest.approx([0.1 * 1.618**n for n in range(4)] + falling)
+    assert [d.action for d in scheduler.decisions] == ["raise"] * 4 + ["keep"] + ["decay"] * 4
     assert [d.epoch for d in scheduler.decisions] == list(range(1, 10))
     assert len(says.seen) == 5
-    run(scheduler, 1)  # the end: nothing is left to go down
-    assert lr_of(scheduler) == pytest.approx(rates[-1] * 1.618)
+    run(scheduler, 1)  # the end: nothing is left to go down, the network is asked again
+    assert lr_of(scheduler) == pytest.approx(rates[-1])
+    assert scheduler.decisions[-1].action == "keep"
+
+
+def test_the_decay_waits_as_long_as_the_network_raises() -> None:
+    says = Says(*[RAISE] * 7, LOWER)
+    scheduler = ARC(sgd(), epochs=10, final_decay=0.4, weights=says)
+    run(scheduler, 9)
+    found = [(d.epoch, d.action) for d in scheduler.decisions[5:]]
+    assert found == [(6, "raise"), (7, "raise"), (8, "lower"), (8, "decay"), (9, "decay")]
+    assert lr_of(scheduler) == pytest.approx(0.1 * 1.618**7 * 0.618 / 3)
 
 
 @pytest.mark.parametrize("options", [{"interval": 1}, {"epochs": 10, "final_decay": 0.0}])
@@ -278,7 +288,7 @@ def test_a_resumed_run_decides_as_if_never_stopped() -> None:
         "interval": 2,
         "epochs": 11,
         "weights": likely,
-        "margins": (0.0, 0.0),
+        "margins": (0.99, 0.0),
     }
     whole = ARC(sgd(), **options)
     run(whole, 11, curve)

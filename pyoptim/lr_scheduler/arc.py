@@ -88,8 +88,8 @@ class ARC(LRScheduler):
             "lower" by more than the first, lowered when it falls short by more than the second,
             else kept. None: the likeliest of the three is done, as in the paper.
         final_decay: share of `epochs`, at the end, in which the network is not asked and every
-            epoch's rate is a step down a line to zero; without `epochs` there is none. 0: none, as
-            in the paper.
+            epoch's rate is a step down a line to zero. It waits as long as the network raises;
+            without `epochs` there is none. 0: none, as in the paper.
         min_lr, max_lr: bounds of every group's learning rate; a move that would cross one is
             shortened for all groups alike.
         guard: when a loss of the cycle is not finite, or the mean training loss has risen above
@@ -191,12 +191,13 @@ class ARC(LRScheduler):
             self._cycle.val.append(float(val_loss))
         if self.last_epoch % self.interval == 0:
             self._end_cycle()
-        if self.last_epoch in self._decay:
+        if self._is_decaying():
             left = self._decay.stop - self.last_epoch
             self._log("decay", self._move(left / (left + 1)))
         self._last_lr = self.get_lr()
 
     def _end_cycle(self) -> None:
+        was_decaying = self._is_decaying()
         cycle = self._cycle.finished(self._lr())
         trouble = self._trouble(cycle) if self.guard else None
         window = [*self._cycles, cycle][-arc.MAX_CYCLES :]
@@ -209,9 +210,14 @@ class ARC(LRScheduler):
             self._first_mean = cycle.mean() if self._first_mean is None else self._first_mean
             self._kept.keep()
         self._cycle = _Cycle()
-        if trouble is not None or self.last_epoch not in self._decay:
+        if trouble is not None or not was_decaying:
             factor = self._move(arc.FACTORS[chosen])
             self._log(ACTIONS[chosen], factor, probabilities, trouble, restored)
+
+    def _is_decaying(self) -> bool:
+        """Whether the final decay is on: it waits as long as the network raises."""
+        raised = bool(self.decisions) and self.decisions[-1].action == ACTIONS[RAISE]
+        return self.last_epoch in self._decay and not raised
 
     def _log(
         self,
@@ -244,7 +250,7 @@ class ARC(LRScheduler):
     ) -> tuple[int, tuple[float, ...] | None]:
         if trouble is not None:
             return LOWER, None
-        if self.last_epoch in self._decay:
+        if self._is_decaying():
             return KEEP, None
         lrs = [cycle.lr for cycle in cycles]
         train = [loss for cycle in cycles for loss in cycle.train]
