@@ -259,7 +259,7 @@ UNSEEN: dict[str, Unseen] = {
     ),
     "words-lstm": Unseen(
         *(words_lstm, perplexity, "perplexity", False),
-        *("momentum", (1.0, 0.1, 0.01), 28, 50, 16),
+        *("momentum", (1.0, 0.1, 0.01), 28, 30, 16),
     ),
     "solids-pointnet": Unseen(
         *(solids_pointnet, accuracy, "accuracy, %", True),
