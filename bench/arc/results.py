@@ -275,7 +275,6 @@ def _seconds(best: Tensor, names: Sequence[str]) -> Tensor:
 
 
 def _worse(best: Tensor) -> Tensor:
-    """Share of cells in which a policy is worse than constant by more than either's deviation."""
-    mean, spread = best.mean(3), best.std(3, correction=0)
-    gap = mean - mean[:, :1]
-    return (gap > torch.maximum(spread, spread[:, :1])).double().mean((0, 2))
+    """Share of cells in which a policy's mean is worse than constant by more than its deviation."""
+    mean, spread = best.mean(3), best[:, :1].std(3, correction=0)
+    return (mean - mean[:, :1] > spread).double().mean((0, 2))
