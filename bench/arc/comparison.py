@@ -59,13 +59,15 @@ def policies(names: Sequence[str]) -> dict[str, MakePolicy | MakeTrainer]:
         "arc" if name == "default" else f"arc {name}": controlled(arc.load(name).probabilities)
         for name in names
     }
-    return {**RIVALS, **arcs, **rivals.available()}
+    found = {**RIVALS, **arcs, **rivals.available()}
+    # A comparison that is cut short then has the paper's part.
+    return dict(sorted(found.items(), key=lambda item: item[0] not in PAPER))
 
 
 def run(tasks: Sequence[str], weights: Sequence[str], results: Results, seeds: int = SEEDS) -> None:
     """Every task under every policy that is not in `results` yet; rows are written one by one."""
     chosen = policies(weights)
-    pairs = [(task, name) for task in tasks for name in chosen]
+    pairs = [(task, name) for name in chosen for task in tasks]
     for number, (task, name) in enumerate(pairs, 1):
         print(f"{number}/{len(pairs)} {task}, {name}", flush=True)
         results.once(
@@ -120,6 +122,7 @@ def _tensor(values: Any) -> Tensor:
 def cells(results: Results) -> Iterator[tuple[str, float, dict[str, Tensor]]]:
     """(task, initial rate, policy to [seeds, epochs]) in the order of the tasks."""
     rows = list(results.sections.get(SECTION, {}).values())
+    rows.sort(key=lambda row: [*COLORS, row["policy"]].index(row["policy"]))
     for task in dict.fromkeys(row["task"] for row in rows):
         found = {row["policy"]: metrics(row) for row in rows if row["task"] == task}
         for i, rate in enumerate(UNSEEN[task].rates):
