@@ -248,8 +248,18 @@ def _draw(results: Results, what: str, path: Path) -> Path:
         line[0].set_ylabel(UNSEEN[task].unit if what == "metric" else "learning rate")
     for axes in panels[-1]:
         axes.set_xlabel("epoch")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=8, frameon=False, fontsize=9)
+    known = [axes.get_legend_handles_labels() for axes in panels.flat]
+    by_name = {
+        name: line for lines, names in known for line, name in zip(lines, names, strict=True)
+    }
+    figure.legend(
+        by_name.values(),
+        by_name.keys(),
+        loc="outside lower center",
+        ncols=8,
+        frameon=False,
+        fontsize=9,
+    )
     figure.savefig(path, dpi=110)
     return path
 
