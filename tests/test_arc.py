@@ -49,10 +49,23 @@ def lr_of(scheduler: ARC, group: int = 0) -> float:
 
 
 @pytest.mark.parametrize(
-    ("answer", "factor"), [(RAISE, 1.618), (KEEP, 1.0), (LOWER, 0.618), ((0.2, 0.3, 0.5), 0.618)]
+    ("margins", "answer", "factor"),
+    [
+        (None, RAISE, 1.618),
+        (None, KEEP, 1.0),
+        (None, LOWER, 0.618),
+        (None, (0.2, 0.3, 0.5), 0.618),
+        (None, (0.4, 0.35, 0.25), 1.618),
+        ((0.5, 0.2), (0.8, 0.0, 0.2), 1.618),
+        ((0.5, 0.2), (0.7, 0.0, 0.3), 1.0),
+        ((0.5, 0.2), (0.3, 0.0, 0.7), 0.618),
+        ((0.5, 0.2), (0.45, 0.0, 0.55), 1.0),
+        ((0.0, 0.0), (0.3, 0.5, 0.2), 1.618),
+        ((0.0, 0.0), (0.3, 0.4, 0.3), 1.0),
+    ],
 )
-def test_the_likeliest_answer_multiplies_the_rate(answer: Any, factor: float) -> None:
-    scheduler = ARC(sgd(), 2, weights=Says(answer))
+def test_the_answer_multiplies_the_rate(margins: Any, answer: Any, factor: float) -> None:
+    scheduler = ARC(sgd(), 2, weights=Says(answer), margins=margins)
     run(scheduler, 1)
     assert lr_of(scheduler) == 0.1
     assert scheduler.decisions == []
@@ -93,6 +106,51 @@ def test_losses_may_be_tensors_and_validation_may_be_missing() -> None:
 )
 def test_the_interval_makes_about_ten_decisions(interval: Any, epochs: Any, expected: int) -> None:
     assert ARC(sgd(), interval, epochs, weights=Says(KEEP)).interval == expected
+
+
+def test_a_training_of_known_length_ends_on_a_line_to_zero() -> None:
+    says = Says(*[RAISE] * 4, KEEP)
+    scheduler = ARC(sgd(0.1, 0.02), epochs=10, final_decay=0.4, weights=says)
+    rates = [lr_of(scheduler)]
+    for _ in range(9):
+        run(scheduler, 1)
+        rates.append(lr_of(scheduler))
+        assert lr_of(scheduler, 1) == pytest.approx(rates[-1] / 5)
+    peak = 0.1 * 1.618**4
+    falling = [peak * left / 5 for left in (5, 5, 4, 3, 2, 1)]
+    assert rates == pytest.approx([0.1 * 1.618**n for n in range(4)] + falling)
+    assert [d.action for d in scheduler.decisions] == ["raise"] * 4 + ["keep"] + ["decay"] * 4
+    assert [d.epoch for d in scheduler.decisions] == list(range(1, 10))
+    assert len(says.seen) == 5
+    run(scheduler, 1)  # the end: nothing is left to go down, the network is asked again
+    assert lr_of(scheduler) == pytest.approx(rates[-1])
+    assert scheduler.decisions[-1].action == "keep"
+
+
+def test_the_decay_waits_as_long_as_the_network_raises() -> None:
+    says = Says(*[RAISE] * 7, LOWER)
+    scheduler = ARC(sgd(), epochs=10, final_decay=0.4, weights=says)
+    run(scheduler, 9)
+    found = [(d.epoch, d.action) for d in scheduler.decisions[5:]]
+    assert found == [(6, "raise"), (7, "raise"), (8, "lower"), (8, "decay"), (9, "decay")]
+    assert lr_of(scheduler) == pytest.approx(0.1 * 1.618**7 * 0.618 / 3)
+
+
+@pytest.mark.parametrize("options", [{"interval": 1}, {"epochs": 10, "final_decay": 0.0}])
+def test_without_a_known_length_or_a_share_nothing_decays(options: dict[str, Any]) -> None:
+    scheduler = ARC(sgd(), weights=Says(KEEP), **options)
+    run(scheduler, 12)
+    assert {d.action for d in scheduler.decisions} == {"keep"}
+    assert lr_of(scheduler) == 0.1
+
+
+def test_the_guard_watches_the_decay_too() -> None:
+    scheduler = ARC(sgd(), epochs=10, final_decay=0.5, weights=Says(KEEP))
+    run(scheduler, 6)
+    run(scheduler, 1, lambda i: math.nan)
+    found = [(d.epoch, d.action, d.guard) for d in scheduler.decisions[5:]]
+    assert found == [(6, "decay", None), (7, "lower", "not finite"), (7, "decay", None)]
+    assert lr_of(scheduler) == pytest.approx(0.1 * 3 / 6 * 0.618)
 
 
 def test_groups_keep_their_ratio_and_a_tensor_stays_that_tensor() -> None:
@@ -226,10 +284,17 @@ def test_a_resumed_run_decides_as_if_never_stopped() -> None:
     def likely(*window: list[float]) -> tuple[float, ...]:
         return tuple(abs(sum(math.sin(50 * x) for x in values)) for values in window)
 
-    whole = ARC(sgd(), 2, weights=likely)
+    options: dict[str, Any] = {
+        "interval": 2,
+        "epochs": 11,
+        "weights": likely,
+        "margins": (0.99, 0.0),
+    }
+    whole = ARC(sgd(), **options)
     run(whole, 11, curve)
-    for stop in (3, 6):
-        first = ARC(sgd(), 2, weights=likely)
+    assert {d.action for d in whole.decisions} >= {"raise", "lower", "decay"}
+    for stop in (3, 6, 9):
+        first = ARC(sgd(), **options)
         run(first, stop, curve)
         first.record(
             torch.tensor(curve(2 * stop), dtype=torch.float64)
@@ -238,7 +303,7 @@ def test_a_resumed_run_decides_as_if_never_stopped() -> None:
         torch.save((first.state_dict(), first.optimizer.state_dict()), file)
         file.seek(0)
         saved = torch.load(file, weights_only=True)
-        second = ARC(sgd(), 2, weights=likely)
+        second = ARC(sgd(), **options)
         second.optimizer.load_state_dict(saved[1])
         second.load_state_dict(saved[0])
         second.record(curve(2 * stop + 1))
@@ -280,6 +345,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "bool": ({"interval": True}, "interval must be"),
     "word": ({"interval": "often"}, "interval must be"),
     "epochs": ({"epochs": 0}, "epochs must be"),
+    "margins": ({"margins": (0.1, 1.0)}, "margins must be"),
+    "one margin": ({"margins": 0.3}, "margins must be"),
+    "decay": ({"final_decay": 1.0}, "final_decay must be"),
     "bounds": ({"min_lr": 1.0, "max_lr": 0.5}, "min_lr <= max_lr"),
     "steps": ({"steps_per_epoch": 0}, "steps_per_epoch must be"),
     "last_epoch": ({"last_epoch": 3}, "last_epoch must be -1"),

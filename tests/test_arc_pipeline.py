@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,11 +19,22 @@ from hypothesis import strategies as st
 import pyoptim
 from pyoptim import arc
 from pyoptim.arc import ConvLSTM, SummaryNet, features, load, save, summary
-from pyoptim.bench.arc import choose, cli, compare, generate, points, results, schedules, train
+from pyoptim.bench.arc import (
+    choose,
+    cli,
+    compare,
+    comparison,
+    generate,
+    points,
+    results,
+    rivals,
+    schedules,
+    train,
+)
 from pyoptim.bench.arc.generate import Cohort, Stack
 from pyoptim.bench.arc.layers import GRU, Attention, BatchNorm, Conv, Embedding, Linear, create
 from pyoptim.bench.arc.tasks import TASKS, Problem
-from pyoptim.bench.arc.unseen import FASHION, LSTM, UNSEEN, words
+from pyoptim.bench.arc.unseen import FASHION, LSTM, UNSEEN, solids, words
 
 
 @pytest.fixture(autouse=True)
@@ -678,39 +690,20 @@ def test_rival_schedules_are_those_of_the_paper() -> None:
     assert stalled[4] == pytest.approx(0.01)
 
 
-class Recorder(arc.Controller):
-    """Raises, keeps, lowers, raises ..., and remembers what it was shown."""
+def test_a_controlled_training_is_that_of_the_scheduler() -> None:
+    seen: list[tuple] = []
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple] = []
+    def judge(*window: list[float]) -> tuple[float, float, float]:
+        seen.append(window)
+        return (1.0, 0.0, 0.0) if len(seen) < 5 else (0.0, 1.0, 0.0)
 
-    def probabilities(self, train_losses, val_losses, lrs) -> tuple[float, float, float]:
-        self.seen.append((list(train_losses), list(val_losses), list(lrs)))
-        turn = (len(self.seen) - 1) % 3
-        return tuple(float(i == turn) for i in range(3))
-
-
-def test_controlled_training_is_asked_after_each_cycle_about_the_last_three() -> None:
-    recorder = Recorder()
-    policy = schedules.Controlled(recorder, 0.1, 20)
-    rates = [0.1]
-    for epoch in range(10):
-        rates.append(policy.next_rate([epoch + 0.25, epoch + 0.75], float(epoch)))
-    assert len(recorder.seen) == 5
-    up, down = 0.1 * 1.618, 0.1 * 1.618 * 0.618
-    assert rates[:9] == pytest.approx([0.1, 0.1, up, up, up, up, down, down, down * 1.618])
-    train_losses, valid, lrs = recorder.seen[3]
-    assert valid == [2, 3, 4, 5, 6, 7]
-    assert train_losses == [v + part for v in valid for part in (0.25, 0.75)]
-    assert lrs == pytest.approx([up, up, down])
-
-
-def test_controlled_training_lowers_on_a_loss_that_is_not_finite() -> None:
-    recorder = Recorder()
-    policy = schedules.Controlled(recorder, 0.1, 10)
-    assert policy.next_rate([1.0, math.nan], 1.0) == pytest.approx(0.0618)
-    assert recorder.seen == []
+    policy = schedules.controlled(judge, final_decay=0.5)(0.1, 20)
+    rates = [0.1] + [policy.next_rate([10.5 - i, 10.25 - i], 10 - i) for i in range(11)]
+    peak = 0.1 * 1.618**4
+    raised = [0.1 * 1.618**n for n in range(5) for _ in range(2)]
+    assert rates == pytest.approx([*raised, peak * 10 / 11, peak * 9 / 11])
+    train_losses = [10.5, 10.25, 9.5, 9.25, 8.5, 8.25, 7.5, 7.25]
+    assert seen[1] == (train_losses, [10, 9, 8, 7], rates[:4:2])
 
 
 def test_policies_start_alike_and_differ_by_their_rates_alone() -> None:
@@ -731,10 +724,37 @@ def test_policies_start_alike_and_differ_by_their_rates_alone() -> None:
 def test_convergence_threshold_is_the_worst_of_the_best() -> None:
     metric = torch.tensor([[[1.0, 5, 3]], [[4.0, 4, 2]], [[0.0, nan, 4.5]]])
     # The best are 5, 4 and 4.5: the threshold is 4.
-    steps = compare.steps_to_threshold(metric, 10, higher_is_better=True)
-    assert steps.tolist() == [[20], [10], [30]]
-    steps = compare.steps_to_threshold(-metric, 10, higher_is_better=False)
-    assert steps.tolist() == [[20], [10], [30]]
+    for sign in (1, -1):
+        up = sign > 0
+        assert compare.threshold_of(sign * metric, up) == 4 * sign
+        steps = compare.steps_to(4.0 * sign, sign * metric, 10, higher_is_better=up)
+        assert steps.tolist() == [[20], [10], [30]]
+        never = compare.steps_to(4.6 * sign, sign * metric, 10, higher_is_better=up)
+        assert never.tolist() == [[20], [math.inf], [math.inf]]
+
+
+class Plain:
+    """Plain SGD as an optimizer that finds its own rate."""
+
+    def __init__(self, params: list[torch.Tensor], steps: int) -> None:
+        self.optimizer = torch.optim.SGD(params, lr=0.1)
+
+    def step(self, loss: Callable[[], torch.Tensor]) -> None:
+        self.optimizer.zero_grad()
+        loss().backward()
+        self.optimizer.step()
+
+    def rate(self) -> float:
+        return 0.1
+
+
+def test_a_training_alone_has_the_start_and_the_order_of_the_others() -> None:
+    problem = problem_of("wine-mlp")
+    cohort = dataclasses.replace(tiny("wine-mlp", "sgd", (0.1,)), epochs=3)
+    stacked = compare.simulate(problem, cohort, {"c": schedules.constant}, 2, problem.losses)
+    alone = compare.simulate_alone(problem, cohort, Plain, 2, problem.losses)
+    for ours, theirs in zip(vars(alone).values(), vars(stacked).values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_ranks_share_the_better_place() -> None:
@@ -768,6 +788,53 @@ def test_proxy_tasks_are_held_out_from_their_controllers(tmp_path: Path, monkeyp
     assert outcome.metric.shape == (5, 3, choose.SEEDS, 2)
 
 
+def test_rules_are_judged_on_families_that_the_controller_has_not_seen(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(choose, "EPOCHS", 10)
+    monkeypatch.setattr(choose, "RULE_STEPS", 2)
+    monkeypatch.setattr(choose, "RULE_DRAWS", 1)
+    monkeypatch.setattr(
+        results, "RULES", {"bold": {"margins": None}, "never": {"margins": (0.999, 0.999)}}
+    )
+    asked: list[int] = []
+
+    class Raises(SummaryNet):
+        def probabilities(self, *window) -> tuple[float, float, float]:
+            asked.append(self.members)
+            return (0.9, 0.05, 0.05)
+
+    folds = [Raises(0, members) for members in (1, 2, 3, 4)]
+    monkeypatch.setattr(results, "fold_controllers", lambda *_: folds)
+    kept = results.Results(tmp_path / "r.json")
+    results.judge_rules(made_points(200), "any", ["wine-mlp"], tmp_path, kept)
+    counts = [row[2] + row[5] for row in kept.sections["leans"]["all"]["rows"]]
+    assert sum(counts) == 200
+    assert set(asked) == {1 + next(i for i, f in enumerate(train.FOLDS) if "tabular" in f)}
+    (row,) = kept.sections["rules"].values()
+    best = row["best"]
+    assert list(best) == [*schedules.RIVALS, "bold", "never"]
+    assert best["bold"] != best["constant"]
+    assert "| never |" in results.markdown(kept)
+    assert "1/1 wine-mlp, adam" in capsys.readouterr().out
+
+
+def test_rules_table_counts_places_and_losses() -> None:
+    # One task, one rate, two seeds.
+    best = {"constant": [[1.0, 1.2]], "cyclic cosine": [[2.0, 2.0]], "exponential": [[3.0, 3.0]]}
+    best |= {"good": [[0.5, 0.7]], "bad": [[1.25, 1.27]], "third": [[2.5, 2.5]]}
+    table = results.markdown(in_memory("rules", {"best": best}))
+    assert "| good | 0 | 0 | 100 | 0 |" in table
+    assert "| bad | 27 | 27 | 100 | 100 |" in table
+    assert "| third | 79 | 79 | 0 | 100 |" in table
+
+
+def in_memory(section: str, row: dict) -> results.Results:
+    kept = results.Results(Path("unused"))
+    kept.sections[section] = {"row": row}
+    return kept
+
+
 def test_stacked_lstm_is_torch_lstm() -> None:
     layer = LSTM("l", 3, 4)
     r = create([layer], 1, torch.Generator().manual_seed(0))
@@ -785,6 +852,80 @@ def test_stacked_lstm_is_torch_lstm() -> None:
     )
     x = torch.randn(1, 5, 6, 3)
     torch.testing.assert_close(layer(r, x)[0], module(x[0])[0], rtol=1e-5, atol=1e-6)
+
+
+def test_solids_are_told_apart_by_their_surface() -> None:
+    clouds, kinds = solids(600, 24, torch.Generator().manual_seed(0))
+    assert clouds.shape == (600, 24, 3)
+    assert set(kinds.tolist()) == set(range(6))
+    spread = clouds.norm(dim=2).std(1)
+    means = torch.stack([spread[kinds == k].mean() for k in range(6)])
+    assert means.argmin() == 0  # a sphere, though stretched
+
+
+def test_comparison_resumes_counts_places_and_draws(tmp_path: Path, monkeypatch, capsys) -> None:
+    small = dataclasses.replace(UNSEEN["photo-coordinates"], epochs=10, steps=2, batch=8)
+    monkeypatch.setitem(UNSEEN, "photo-coordinates", small)
+    monkeypatch.setattr(comparison.rivals, "available", lambda: {"prodigy": Plain})
+    path = tmp_path / "r.json"
+    options = ["compare", "--results", str(path), "--tasks", "photo-coordinates", "--seeds", "2"]
+    assert cli.main([*options, "--plot"]) == 0
+    printed = capsys.readouterr().out
+    assert "6/6 photo-coordinates, prodigy" in printed
+    assert "photo-coordinates, PSNR, dB:" in printed
+    assert "of 3 cells among the paper's four" in printed
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *("r.json", "r.md", "arc-unseen.png", "arc-unseen-rates.png")
+    }
+    before = path.read_bytes()
+    monkeypatch.setattr(comparison, "_row", None)  # nothing is made again
+    assert cli.main(options) == 0
+    assert path.read_bytes() == before
+
+
+def test_goal_counts_cells_that_are_second_or_below_the_constant_rate() -> None:
+    kept = results.Results(Path("unused"))
+
+    def row(policy: str, values: list[list[float]]) -> dict:
+        metric = [[[v] for v in seeds] for seeds in values]
+        return {"task": "fashion-mixer", "policy": policy, "metric": metric, "lrs": metric}
+
+    kept.sections["unseen"] = {
+        "a": row("constant", [[70.0, 72.0], [60.0, 60.0], [50.0, 50.0]]),
+        "b": row("exponential", [[75.0, 75.0], [70.0, 70.0], [40.0, 40.0]]),
+        "c": row("prodigy", [[80.0, 80.0]]),
+        "d": row("arc", [[69.5, 70.5], [62.0, 62.0], [49.0, 49.0]]),
+    }
+    assert comparison.goal(kept) == (
+        "arc: best or second in 2 of 3 cells among the paper's four, in 0 among all; more than a "
+        "standard deviation of the constant rate's runs below their mean in 1 cells, and in 3 of 6 "
+        "single runs."
+    )
+    table = comparison.markdown(kept)
+    row = "| 71.00 ± 1.00 | 75.00 ± 0.00 | 70.00 ± 0.50 | **80.00 ± 0.00** |"
+    assert f"| fashion-mixer | 0.01 {row}" in table
+    assert "| 0.01 | arc | 70.00 ± 0.50 | 70.00 ± 0.50 | 40 ± 0 | 4 | 3 |" in table
+    assert "| 0.0001 | prodigy | 80.00 ± 0.00 | 80.00 ± 0.00 | 40 ± 0 | 1 |  |" in table
+
+
+def test_rivals_are_used_where_they_are_installed(monkeypatch, capsys) -> None:
+    class SaLSa(torch.optim.SGD):
+        def __init__(self, params: list[torch.Tensor]) -> None:
+            super().__init__(params, lr=0.1)
+
+        def step(self, closure: Callable[[], torch.Tensor]) -> None:
+            self.zero_grad()
+            closure().backward()
+            super().step()
+
+    monkeypatch.setattr(pyoptim, "SaLSa", SaLSa, raising=False)
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    assert list(rivals.available()) == ["salsa"]
+    assert "pip install prodigyopt" in capsys.readouterr().out
+    param = torch.tensor([2.0], requires_grad=True)
+    trainer = rivals.available()["salsa"]([param], 10)
+    trainer.step(lambda: param.square().sum())
+    assert (param.item(), trainer.rate()) == (pytest.approx(1.6), 0.1)
 
 
 @pytest.mark.parametrize("name", UNSEEN)

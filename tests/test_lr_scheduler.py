@@ -231,6 +231,86 @@ NAMED: dict[str, tuple[dict[str, Any], Callable[[int], Callable[[int], float]]]]
 }
 
 
+def _half_wave(x: float, waves: float = 0.5) -> float:
+    return 0.5 * (1 + math.cos(2 * math.pi * waves * x))
+
+
+def _from_above_zero(w: int) -> Callable[[int], float]:
+    def factor(t: int) -> float:
+        if t < w:
+            return 0.3 + 0.7 * t / (w - 1)
+        return 0.2 + 0.8 * _half_wave(min(1.0, (t - w + 1) / (20 - w)))
+
+    return factor
+
+
+def _stable(w: int, rise: Callable, fall: Callable) -> Callable[[int], float]:
+    """Warm-up, then constant until 15, then down in 5, in a range that ends at a tenth."""
+
+    def factor(t: int) -> float:
+        share = rise(t / w) if t < w else fall(min(1.0, max(0.0, (t - 15) / 5)))
+        return 0.1 + 0.9 * share
+
+    return factor
+
+
+MORE: dict[str, tuple[str, dict[str, Any], Callable[[int], Callable[[int], float]]]] = {
+    "waves": (
+        "cosine",
+        {"num_cycles": 1.25},
+        lambda w: _after(w, lambda x: _half_wave(x, 1.25)),
+    ),
+    "floor by share": (
+        "cosine_with_min_lr",
+        {"min_lr_rate": 0.25, "num_cycles": 1.0},
+        lambda w: lambda t: _after(w, lambda x: 0.25 + 0.75 * _half_wave(x, 1.0))(t),
+    ),
+    "warm-up from above zero": (
+        "cosine_warmup_with_min_lr",
+        {"min_lr_rate": 0.2, "warmup_lr_rate": 0.3},
+        _from_above_zero,
+    ),
+    "warm-up from one step": (
+        "cosine_warmup_with_min_lr",
+        {"min_lr": 0.0},
+        lambda w: lambda t: (t + 1) / w if t < w else _half_wave(min(1.0, (t - w + 1) / (20 - w))),
+    ),
+    "stable": (
+        "warmup_stable_decay",
+        {"num_decay_steps": 5, "min_lr_ratio": 0.1},
+        lambda w: _stable(w, lambda x: x, _half_wave),
+    ),
+    "stable with roots": (
+        "warmup_stable_decay",
+        {
+            "num_decay_steps": 5,
+            "min_lr_ratio": 0.1,
+            "warmup_type": "1-sqrt",
+            "decay_type": "1-sqrt",
+        },
+        lambda w: _stable(w, lambda x: 1 - math.sqrt(1 - x), lambda x: 1 - math.sqrt(x)),
+    ),
+    "stable along a line": (
+        "warmup_stable_decay",
+        {
+            "num_decay_steps": 5,
+            "min_lr_ratio": 0.1,
+            "warmup_type": "cosine",
+            "decay_type": "linear",
+        },
+        lambda w: _stable(w, lambda x: 1 - _half_wave(x), lambda x: 1 - x),
+    ),
+}
+
+
+@pytest.mark.parametrize("warmup", [0, 6])
+@pytest.mark.parametrize("case", MORE)
+def test_an_option_has_the_values_of_transformers(case: str, warmup: int) -> None:
+    name, options, formula = MORE[case]
+    found = rates(lambda o: schedules.get_scheduler(name, o, warmup, 20, options), 21)
+    assert found == pytest.approx(values(formula(warmup), 21), rel=1e-12, abs=1e-16)
+
+
 @pytest.mark.parametrize("warmup", [0, 6])
 @pytest.mark.parametrize("name", NAMED)
 def test_a_name_has_the_values_of_transformers(name: str, warmup: int) -> None:
@@ -247,7 +327,8 @@ def test_the_remaining_names_are_made_too() -> None:
     )
     assert isinstance(plateau, torchs.ReduceLROnPlateau)
     assert plateau.patience == 0
-    stable = schedules.get_scheduler("warmup_stable_decay", sgd, 2, 10, {"num_decay_steps": 3})
+    options = {"num_decay_steps": 3, "num_stable_steps": 5}
+    stable = schedules.get_scheduler("warmup_stable_decay", sgd, 2, None, options)
     assert stable.lr_lambdas[0](7) == 1.0
     assert stable.lr_lambdas[0](10) == 0.0
 
@@ -275,6 +356,20 @@ BAD: dict[str, tuple[Make, str]] = {
     "no_decay": (
         lambda o: schedules.get_scheduler("warmup_stable_decay", o, 0, 5),
         "num_decay_steps",
+    ),
+    "no_room": (
+        lambda o: schedules.get_scheduler("warmup_stable_decay", o, 3, 5, {"num_decay_steps": 3}),
+        "num_training_steps must be at least",
+    ),
+    "no_min_lr": (
+        lambda o: schedules.get_scheduler("cosine_with_min_lr", o, 0, 5),
+        "one of min_lr and min_lr_rate",
+    ),
+    "shape": (
+        lambda o: schedules.get_scheduler(
+            "warmup_stable_decay", o, 0, 5, {"num_decay_steps": 3, "decay_type": "step"}
+        ),
+        "decay_type must be one of",
     ),
 }
 

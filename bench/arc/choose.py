@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from .train import FOLDS, RECIPES
 
 EPOCHS = 28
 SEEDS = 3
+RULE_STEPS = 40
 # Per optimizer: far too small, usual, at the edge.
 START_RATES = {
     "adam": (3e-5, 1e-3, 3e-2),
@@ -30,6 +32,47 @@ START_RATES = {
     "sgd": (3e-3, 0.1, 1.0),
     "momentum": (3e-4, 1e-2, 0.1),
 }
+
+
+# Factors of 100 as in the comparison; every task survives the largest.
+RULE_RATES = {
+    "adam": (1e-2, 1e-3, 1e-4),
+    "rmsprop": (1e-2, 1e-3, 1e-4),
+    "sgd": (1.0, 0.1, 0.01),
+    "momentum": (0.1, 0.01, 1e-3),
+}
+RULE_DRAWS = 2
+# What the scheduler does with the answers of the network: options of `pyoptim.lr_scheduler.ARC`.
+PAPER_RULE: dict[str, Any] = {"margins": None, "final_decay": 0.0}
+RULES: dict[str, dict[str, Any]] = {
+    "the paper's": PAPER_RULE,
+    "final decay": {"margins": None},
+    "margins 0.3, 0.1": {"margins": (0.3, 0.1), "final_decay": 0.0},
+    "margins 0.4, 0.4, final decay": {"margins": (0.4, 0.4)},
+    "margins 0.3, 0.3, final decay": {"margins": (0.3, 0.3)},
+    "margins 0.3, 0.1, final decay": {"margins": (0.3, 0.1)},
+    "margins 0.3, 0, final decay": {"margins": (0.3, 0.0)},
+}
+
+
+def rule_cohorts(tasks: Sequence[str]) -> list[Cohort]:
+    """Whole trainings for judging the rules: two draws of each task, other optimizers in each."""
+    optimizers, cohorts = list(RULE_RATES), []
+    for draw in range(RULE_DRAWS):
+        for i, task in enumerate(tasks):
+            optimizer = optimizers[(i + 2 * draw + i // 4) % 4]
+            cohort = replace(
+                draw_cohort(20_000 + 100 * draw + i),
+                task=task,
+                optimizer=optimizer,
+                weight_decay=0.0,
+                epochs=EPOCHS,
+                steps=RULE_STEPS,
+                batch=16,
+                rates=RULE_RATES[optimizer],
+            )
+            cohorts.append(cohort)
+    return cohorts
 
 
 def proxies(tasks: Sequence[str]) -> list[Cohort]:
@@ -67,16 +110,37 @@ def fold_controllers(points: Points, name: str, seed: int, folder: Path) -> list
 
 
 def closed_loop(cohort: Cohort, controllers: Mapping[str, list[Controller]]) -> Outcome:
-    """The task of a cohort under the rivals and the controllers of the fold that holds it out."""
+    """The task of a cohort under the rivals and the controllers of the fold that holds it out.
+
+    The likeliest answer is followed, every third epoch, to the end.
+    """
+    fold = _fold_of(cohort)
+    return _outcome(
+        cohort,
+        {
+            name: controlled(by_fold[fold].probabilities, interval=3, **PAPER_RULE)
+            for name, by_fold in controllers.items()
+        },
+    )
+
+
+def under_rules(
+    cohort: Cohort, controllers: Sequence[Controller], rules: Mapping[str, Mapping[str, Any]]
+) -> Outcome:
+    """The task of a cohort under the rivals and one controller, whose answers each rule follows."""
+    judge = controllers[_fold_of(cohort)].probabilities
+    return _outcome(cohort, {name: controlled(judge, **rule) for name, rule in rules.items()})
+
+
+def _fold_of(cohort: Cohort) -> int:
     family = TASKS[cohort.task].family
-    fold = next(i for i, families in enumerate(FOLDS) if family in families)
-    policies: dict[str, MakePolicy] = {
-        **RIVALS,
-        **{name: controlled(by_fold[fold]) for name, by_fold in controllers.items()},
-    }
+    return next(i for i, families in enumerate(FOLDS) if family in families)
+
+
+def _outcome(cohort: Cohort, policies: Mapping[str, MakePolicy]) -> Outcome:
     draw, rng = random.Random(cohort.index), torch.Generator().manual_seed(cohort.index)
     problem = TASKS[cohort.task].build(draw, rng)
-    return simulate(problem, cohort, policies, SEEDS, problem.losses)
+    return simulate(problem, cohort, {**RIVALS, **policies}, SEEDS, problem.losses)
 
 
 def shares_lost(outcome: Outcome) -> Tensor:
@@ -86,7 +150,11 @@ def shares_lost(outcome: Outcome) -> Tensor:
     between the best and the worst of all starts, so that differences within the noise count little.
     A loss that was never finite counts 1.
     """
-    final = best_so_far(outcome.metric, higher_is_better=False)[..., -1]
+    return shares_lost_of(best_so_far(outcome.metric, higher_is_better=False)[..., -1])
+
+
+def shares_lost_of(final: Tensor) -> Tensor:
+    """See `shares_lost`; `final` is the best loss of every run, [policies, rates, seeds]."""
     best, alive = final.amin(0), final.where(final.isfinite(), -torch.inf)
     scale = (alive.amax((0, 1)) - final.amin((0, 1))).clamp_min(1e-12)
     return ((final - best) / scale).nan_to_num(nan=1.0, posinf=1.0).clamp(0, 1).mean(2)

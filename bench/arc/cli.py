@@ -1,4 +1,4 @@
-"""The pipeline of the ARC controller, from data to weights: generate, judge, ship, compare."""
+"""The pipeline of the ARC controller: generate, judge, rules, ship, compare."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import generate, results
+from . import comparison, generate, results
 from .points import load_points
 from .tasks import TASKS
 from .train import CANDIDATES
@@ -42,6 +42,13 @@ def _judge(options: argparse.Namespace) -> None:
     print(results.markdown(kept))
 
 
+def _rules(options: argparse.Namespace) -> None:
+    points, kept = load_points(options.folder), results.Results(options.results)
+    recipe = SHIPPED["default"]
+    results.judge_rules(points, recipe, PROXIES, options.folder / "folds", kept)
+    print(results.markdown(kept))
+
+
 def _ship(options: argparse.Namespace) -> None:
     points = load_points(options.folder)
     note = f"{len(points)} points of {len(TASKS)} tasks"
@@ -51,8 +58,13 @@ def _ship(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     kept = results.Results(options.results)
-    results.compare_unseen(options.tasks, options.controllers, kept)
-    print(results.markdown(kept))
+    comparison.run(options.tasks, options.controllers, kept, options.seeds)
+    text = comparison.markdown(kept)
+    options.results.with_suffix(".md").write_text(text + "\n")
+    print(text)
+    if options.plot:
+        for path in comparison.draw(kept, options.results.parent):
+            print(path)
 
 
 def _all(options: argparse.Namespace) -> None:
@@ -77,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     steps = {
         "generate": (_generate, "train and branch; continues where it was stopped"),
         "judge": (_judge, "train controllers, judge them on families that they have not seen"),
+        "rules": (_rules, "ways of following the answers, on families not seen"),
         "ship": (_ship, "train the chosen controllers on all data, write their weights"),
         "all": (_all, "generate, judge and ship"),
     }
@@ -85,7 +98,9 @@ def parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="shipped controllers and rivals, unseen tasks")
     compare.add_argument("--results", type=Path, default=Path("arc-unseen.json"))
     compare.add_argument("--tasks", nargs="+", default=list(UNSEEN), choices=UNSEEN)
-    compare.add_argument("--controllers", nargs="+", default=["default", "conv-lstm"])
+    compare.add_argument("--controllers", nargs="+", default=["default"], help="ARC's networks")
+    compare.add_argument("--seeds", type=int, default=comparison.SEEDS)
+    compare.add_argument("--plot", action="store_true", help="draws curves beside the results")
     compare.set_defaults(run=_compare)
     return top
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -42,11 +43,10 @@ def simulate(
 
     A seed fixes start and order of the data, for all policies and rates alike.
     """
-    rng = torch.Generator().manual_seed(base_seed)
-    torch.manual_seed(base_seed)  # dropout
+    starts, rng = _starts(problem, seeds, base_seed)
     shape = (len(policies), len(cohort.rates), seeds)
     seed_of = torch.arange(seeds).repeat(shape[0] * shape[1])
-    stack = Stack(cohort, _repeated(create(problem.layers, seeds, rng), seed_of))
+    stack = Stack(cohort, _repeated(starts, seed_of))
     running = [
         make(rate, cohort.epochs)
         for make in policies.values()
@@ -58,13 +58,70 @@ def simulate(
     for _ in range(cohort.epochs):
         stack.set_rates(rates)
         train = _epoch(stack, problem, cohort, seed_of, rng)
-        valid, measured = stack.validate(problem), _measured(stack, problem, metric)
+        valid, measured = (
+            _measured(stack.replicas, problem, of) for of in (problem.losses, metric)
+        )
         history.append((measured, valid, torch.tensor(rates)))
         rates = [
             policy.next_rate(losses, loss)
             for policy, losses, loss in zip(running, train.tolist(), valid.tolist(), strict=True)
         ]
     return Outcome(*(torch.stack(x, 1).reshape(*shape, -1) for x in zip(*history, strict=True)))
+
+
+class Trainer(Protocol):
+    """Trains one network with an optimizer that finds its own rate."""
+
+    def step(self, loss: Callable[[], Tensor]) -> None:
+        """One step on the batch that `loss` computes the loss of."""
+
+    def rate(self) -> float:
+        """The learning rate of the last step."""
+
+
+MakeTrainer = Callable[[list[Tensor], int], Trainer]
+"""(leaves that require grad, steps of the training) to a fresh trainer."""
+
+
+def simulate_alone(
+    problem: Problem,
+    cohort: Cohort,
+    make: MakeTrainer,
+    seeds: int,
+    metric: Metric,
+    base_seed: int = 0,
+) -> Outcome:
+    """As `simulate`, from the same starts in the same order, but one network at a time.
+
+    There is no initial rate: the outcome is [1, 1, seeds, epochs].
+    """
+    starts, rng = _starts(problem, seeds, base_seed)
+    networks = [_repeated(starts, torch.tensor([seed])) for seed in range(seeds)]
+    total = cohort.epochs * cohort.steps
+    trainers = [make(list(network.params.values()), total) for network in networks]
+    needed = cohort.steps * cohort.batch
+    history: list[tuple[Tensor, Tensor, Tensor]] = []
+    for _ in range(cohort.epochs):
+        order = epoch_order(seeds, len(problem.train[0]), needed, rng)
+        for seed, (network, trainer) in enumerate(zip(networks, trainers, strict=True)):
+            for rows in order[seed : seed + 1].split(cohort.batch, 1):
+                batch = tuple(t[rows] for t in problem.train)
+                trainer.step(lambda r=network, b=batch: problem.losses(r, b)[0])
+        measured, valid = (
+            torch.cat([_measured(network, problem, of) for network in networks])
+            for of in (metric, problem.losses)
+        )
+        history.append((measured, valid, torch.tensor([t.rate() for t in trainers])))
+    return Outcome(
+        *(torch.stack(x, 1).reshape(1, 1, seeds, -1) for x in zip(*history, strict=True))
+    )
+
+
+def _starts(problem: Problem, seeds: int, base_seed: int) -> tuple[Replicas, torch.Generator]:
+    """A network per seed, and the generator of the order of the data."""
+    rng = torch.Generator().manual_seed(base_seed)
+    torch.manual_seed(base_seed)  # dropout
+    return create(problem.layers, seeds, rng), rng
 
 
 def _repeated(replicas: Replicas, which: Tensor) -> Replicas:
@@ -89,12 +146,12 @@ def _epoch(
     return torch.stack(losses, 1)
 
 
-def _measured(stack: Stack, problem: Problem, metric: Metric) -> Tensor:
-    stack.replicas.training = False
-    batch = tuple(t.expand(stack.replicas.count, *t.shape) for t in problem.valid)
+def _measured(replicas: Replicas, problem: Problem, metric: Metric) -> Tensor:
+    replicas.training = False
+    batch = tuple(t.expand(replicas.count, *t.shape) for t in problem.valid)
     with torch.no_grad():
-        values = metric(stack.replicas, batch)
-    stack.replicas.training = True
+        values = metric(replicas, batch)
+    replicas.training = True
     return values
 
 
@@ -105,18 +162,25 @@ def best_so_far(metric: Tensor, higher_is_better: bool) -> Tensor:
     return (clean.cummax(-1) if higher_is_better else clean.cummin(-1)).values
 
 
-def steps_to_threshold(metric: Tensor, steps_per_epoch: int, higher_is_better: bool) -> Tensor:
-    """Steps until the worst of all best values is reached, [policies, seeds], in one cell.
+def threshold_of(metric: Tensor, higher_is_better: bool) -> float:
+    """The worst of the best values of all runs: where the paper says that a run has converged.
 
     Args:
-        metric: [policies, seeds, epochs] of one task and start rate.
+        metric: [policies, seeds, epochs] of the schedules compared, in one task from one rate.
     Source: ARC, section 4.
     """
+    final = best_so_far(metric, higher_is_better)[..., -1]
+    return float(final.amin() if higher_is_better else final.amax())
+
+
+def steps_to(
+    threshold: float, metric: Tensor, steps_per_epoch: int, higher_is_better: bool
+) -> Tensor:
+    """Steps until `threshold` is reached, inf where it never is: [..., epochs] to [...]."""
     best = best_so_far(metric, higher_is_better)
-    final = best[..., -1]
-    threshold = final.amin() if higher_is_better else final.amax()
     reached = best >= threshold if higher_is_better else best <= threshold
-    return (reached.int().argmax(-1) + 1) * steps_per_epoch
+    steps = (reached.int().argmax(-1) + 1.0) * steps_per_epoch
+    return steps.where(reached.any(-1), torch.inf)
 
 
 def ranks(values: Sequence[float], higher_is_better: bool) -> list[int]:

@@ -6,24 +6,35 @@ import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pyoptim import arc
 
-from .choose import closed_loop, fold_controllers, proxies, shares_lost
-from .compare import best_so_far, ranks, simulate, steps_to_threshold
+from .choose import (
+    RULES,
+    closed_loop,
+    fold_controllers,
+    proxies,
+    rule_cohorts,
+    shares_lost,
+    shares_lost_of,
+    under_rules,
+)
+from .compare import best_so_far
 from .generate import Cohort
-from .points import Points
-from .schedules import RIVALS, controlled
+from .points import KEEP, LOWER, RAISE, Points
+from .schedules import RIVALS
 from .tasks import TASKS
-from .train import BASELINES, RECIPES, Train, cross_validate, decide, score
-from .unseen import UNSEEN, Unseen
+from .train import BASELINES, RECIPES, Train, cross_validate, decide, leans, regrets, score
 
 Row = dict[str, Any]
+LEANS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 
 
 class Results:
@@ -40,10 +51,18 @@ class Results:
         if key not in rows:
             rows[key] = make()
             partial = self.path.with_suffix(".part")
-            partial.write_text(json.dumps(self.sections, indent=1) + "\n")
+            partial.write_text(self._text())
             partial.replace(self.path)
             print(f"{section}: {key}", flush=True)
         return rows[key]
+
+    def _text(self) -> str:
+        """JSON with one row a line: short files, and a diff that shows what was added."""
+        parts = []
+        for name, rows in self.sections.items():
+            lines = [f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in rows.items()]
+            parts.append(f" {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n }")
+        return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def judge_on_points(
@@ -97,6 +116,44 @@ def _loop_row(cohort: Cohort, controllers: Mapping[str, list[arc.Controller]]) -
     }
 
 
+def judge_rules(
+    points: Points, recipe: str, tasks: Sequence[str], folds: Path, results: Results
+) -> None:
+    """Whole trainings of held-out families under every rule of `choose.RULES`."""
+    controllers = fold_controllers(points, recipe, 0, folds)
+    results.once("leans", "all", lambda: _lean_row(points, controllers))
+    cohorts = rule_cohorts(tasks)
+    for number, cohort in enumerate(cohorts, 1):
+        print(f"{number}/{len(cohorts)} {cohort.task}, {cohort.optimizer}", flush=True)
+        results.once(
+            "rules", f"{cohort.task} {cohort.index}", lambda c=cohort: _rule_row(c, controllers)
+        )
+
+
+def _lean_row(points: Points, controllers: Sequence[arc.Controller]) -> Row:
+    """What moving and keeping cost where the answer leans little and much, by direction."""
+    lean = leans(points, controllers)
+    cost = [regrets(points.losses, torch.full((len(points),), k)) for k in (RAISE, KEEP, LOWER)]
+    rows = []
+    for low, high in pairwise(LEANS):
+        row: list[float] = [low, high]
+        for move, toward in ((RAISE, lean), (LOWER, -lean)):
+            here = (toward > low) & (toward <= high)
+            row += [int(here.sum()), *(float(cost[k][here].mean()) for k in (move, KEEP))]
+        rows.append(row)
+    return {"rows": rows}
+
+
+def _rule_row(cohort: Cohort, controllers: Sequence[arc.Controller]) -> Row:
+    best = best_so_far(under_rules(cohort, controllers, RULES).metric, higher_is_better=False)
+    names = [*RIVALS, *RULES]
+    return {
+        "optimizer": cohort.optimizer,
+        "rates": cohort.rates,
+        "best": dict(zip(names, best[..., -1].tolist(), strict=True)),
+    }
+
+
 def ship(points: Points, choices: Mapping[str, str], folder: Path, note: str) -> dict[str, str]:
     """Trains the chosen recipes on all points; name to the SHA-256 of the file that it wrote."""
     folder.mkdir(exist_ok=True)
@@ -106,35 +163,6 @@ def ship(points: Points, choices: Mapping[str, str], folder: Path, note: str) ->
         )
         for name, recipe in choices.items()
     }
-
-
-def compare_unseen(tasks: Sequence[str], weights: Sequence[str], results: Results) -> None:
-    """The comparison of the paper's section 4 on tasks that no controller was trained on."""
-    for task in tasks:
-        results.once("unseen", task, lambda t=task: _unseen_row(UNSEEN[t], weights))
-
-
-def _unseen_row(task: Unseen, weights: Sequence[str], seeds: int = 5) -> Row:
-    problem = task.build()
-    policies = {**RIVALS, **{f"arc {name}": controlled(arc.load(name)) for name in weights}}
-    cohort = Cohort(
-        *(0, "unseen", task.optimizer, 0.0, task.epochs, task.steps, task.batch), task.rates
-    )
-    outcome = simulate(problem, cohort, policies, seeds, task.metric(problem))
-    best = best_so_far(outcome.metric, task.higher_is_better)[..., -1]
-    cells = {}
-    for i, rate in enumerate(task.rates):
-        steps = steps_to_threshold(outcome.metric[:, i], task.steps, task.higher_is_better)
-        cells[f"{rate:g}"] = {
-            name: {
-                "best": best[p, i].tolist(),
-                "final": outcome.metric[p, i, :, -1].tolist(),
-                "steps": steps[p].tolist(),
-                "last rate": outcome.lrs[p, i, :, -1].tolist(),
-            }
-            for p, name in enumerate(policies)
-        }
-    return {"unit": task.unit, "higher is better": task.higher_is_better, "cells": cells}
 
 
 def describe(points: Points) -> Row:
@@ -168,7 +196,8 @@ def markdown(results: Results) -> str:
     tables = {
         "points": _points_table,
         "closed loop": _loop_table,
-        "unseen": _unseen_table,
+        "leans": _leans_table,
+        "rules": _rules_table,
     }
     return "\n\n".join(
         make(list(results.sections[name].items()))
@@ -177,7 +206,7 @@ def markdown(results: Results) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -195,7 +224,7 @@ def _points_table(rows: list[tuple[str, Row]]) -> str:
             ]
         lines.append(line)
     head = ["%", "accuracy", "weighted", "opposite", "regret"]
-    return _table([*head, *(f"{h}, no validation" for h in head[1:])], lines)
+    return table([*head, *(f"{h}, no validation" for h in head[1:])], lines)
 
 
 def _loop_table(rows: list[tuple[str, Row]]) -> str:
@@ -205,18 +234,47 @@ def _loop_table(rows: list[tuple[str, Row]]) -> str:
         shares = torch.tensor([row["share lost"][name] for _, row in rows])
         cells = [*shares.mean(0).tolist(), float(shares.mean())]
         lines.append([name, *(f"{100 * cell:.0f}" for cell in cells)])
-    return _table(["share lost, %", "small rate", "usual", "large", "all"], lines)
+    return table(["share lost, %", "small rate", "usual", "large", "all"], lines)
 
 
-def _unseen_table(rows: list[tuple[str, Row]]) -> str:
+def _leans_table(rows: list[tuple[str, Row]]) -> str:
+    lines = [
+        [
+            f"{low:g} to {high:g}",
+            *(f"{100 * x:.0f}" if isinstance(x, float) else str(x) for x in rest),
+        ]
+        for low, high, *rest in rows[0][1]["rows"]
+    ]
+    up, down = (["points", f"{move}: regret, %", "keep: regret, %"] for move in ("raise", "lower"))
+    head = ["lean", *(f"{h}, up" for h in up), *(f"{h}, down" for h in down)]
+    return table(head, lines)
+
+
+def _rules_table(rows: list[tuple[str, Row]]) -> str:
+    names = list(rows[0][1]["best"])
+    best = torch.tensor([[row["best"][name] for name in names] for _, row in rows])
+    shares = torch.stack([shares_lost_of(task) for task in best]).mean(0)  # [policies, rates]
+    second, worse = _seconds(best, names), _worse(best)
     lines = []
-    for task, row in rows:
-        for rate, cell in row["cells"].items():
-            means = [statistics.mean(v["best"]) for v in cell.values()]
-            places = ranks(means, row["higher is better"])
-            for (name, value), mean, place in zip(cell.items(), means, places, strict=True):
-                spread = statistics.pstdev(value["best"])
-                final, steps = statistics.mean(value["final"]), statistics.mean(value["steps"])
-                measured = [f"{mean:.2f} ± {spread:.2f}", f"{final:.2f}", f"{steps:.0f}"]
-                lines.append([task, rate, name, *measured, str(place)])
-    return _table(["task", "initial rate", "policy", "best", "final", "steps", "place"], lines)
+    for i, name in enumerate(names):
+        cells = [*shares[i].tolist(), float(shares[i].mean()), float(second[i]), float(worse[i])]
+        lines.append([name, *(f"{100 * cell:.0f}" for cell in cells)])
+    head = ["share lost, %", "large rate", "middle", "small", "all"]
+    return table([*head, "best or second, %", "worse than constant, %"], lines)
+
+
+def _seconds(best: Tensor, names: Sequence[str]) -> Tensor:
+    """Share of cells in which a policy is first or second among itself and the paper's three."""
+    means = best.mean(3)  # [tasks, policies, rates]
+    rivals = [names.index(name) for name in ("constant", "cyclic cosine", "exponential")]
+    places = []
+    for p in range(len(names)):
+        others = means[:, [r for r in rivals if r != p]]
+        places.append((others < means[:, p : p + 1]).sum(1) < 2)
+    return torch.stack(places).double().mean((1, 2))
+
+
+def _worse(best: Tensor) -> Tensor:
+    """Share of cells in which a policy's mean is worse than constant by more than its deviation."""
+    mean, spread = best.mean(3), best[:, :1].std(3, correction=0)
+    return (mean - mean[:, :1] > spread).double().mean((0, 2))

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from pyoptim.arc import FACTORS, MAX_CYCLES, Controller
+from pyoptim.lr_scheduler.arc import ARC, Judge
 
 
 class Policy(Protocol):
@@ -62,33 +61,17 @@ class Plateau:
 
 
 class Controlled:
-    """A controller asked ten times in a training. A loss that is not finite lowers the rate."""
+    """`pyoptim.lr_scheduler.ARC`, told the length of the training; `options` are its own."""
 
-    def __init__(self, controller: Controller, rate: float, epochs: int) -> None:
-        self.controller, self.rate, self.interval = controller, rate, max(1, round(epochs / 10))
-        self.train: list[list[float]] = []
-        self.valid: list[list[float]] = []
-        self.rates: list[float] = []
-        self.epoch = 0
+    def __init__(self, judge: Judge, rate: float, epochs: int, **options: Any) -> None:
+        self.optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate)
+        self.scheduler = ARC(self.optimizer, epochs=epochs, weights=judge, **options)
 
     def next_rate(self, train_losses: Sequence[float], val_loss: float) -> float:
-        if self.epoch % self.interval == 0:
-            for history, entry in ((self.train, []), (self.valid, []), (self.rates, self.rate)):
-                history.append(entry)  # type: ignore[attr-defined]
-                del history[:-MAX_CYCLES]  # type: ignore[attr-defined]
-        self.train[-1] += train_losses
-        self.valid[-1].append(val_loss)
-        self.epoch += 1
-        if self.epoch % self.interval == 0:
-            self.rate *= FACTORS[self._decision()]
-        return self.rate
-
-    def _decision(self) -> int:
-        train, valid = list(chain(*self.train)), list(chain(*self.valid))
-        if not all(map(math.isfinite, train + valid)):
-            return 2
-        likely = self.controller.probabilities(train, valid, self.rates)
-        return likely.index(max(likely))
+        for loss in train_losses:
+            self.scheduler.record(loss)
+        self.scheduler.step(val_loss)
+        return float(self.optimizer.param_groups[0]["lr"])
 
 
 def constant(rate: float, epochs: int) -> Policy:
@@ -99,8 +82,9 @@ def exponential(rate: float, epochs: int) -> Policy:
     return Exponential(rate, 0.9)
 
 
-def controlled(controller: Controller) -> MakePolicy:
-    return lambda rate, epochs: Controlled(controller, rate, epochs)
+def controlled(judge: Judge, **options: Any) -> MakePolicy:
+    """ARC with some network's probabilities; `options` are those of the scheduler."""
+    return lambda rate, epochs: Controlled(judge, rate, epochs, **options)
 
 
 RIVALS: dict[str, MakePolicy] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -185,6 +185,18 @@ def decide(controller: Controller, points: Points, with_validation: bool = True)
     windows = points.windows if with_validation else blanked(points.windows)
     read = inputs(controller, windows, points.cycles)
     return torch.cat([controller(part).argmax(1) for part in read.split(1024)])
+
+
+@torch.no_grad()
+def leans(points: Points, controllers: Sequence[Controller]) -> Tensor:
+    """Probability of "raise" less that of "lower" at each point, by the fold that holds it out."""
+    lean = torch.zeros(len(points))
+    for held, controller in zip(held_out(points), controllers, strict=True):
+        part = points.select(held)
+        read = inputs(controller, part.windows, part.cycles)
+        up, _, down = controller(read).softmax(1).unbind(1)
+        lean[held] = (up - down).float()
+    return lean
 
 
 Predict = Callable[[Points, bool], Tensor]

@@ -205,6 +205,53 @@ def peak_signal_to_noise(problem: Problem) -> Metric:
     return lambda r, batch: -10 * problem.losses(r, batch).log10()
 
 
+SOLIDS = 6
+
+
+def solids(rows: int, points: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Clouds of points on six surfaces, turned and stretched: [rows, points, 3], which surface."""
+    kind = torch.randint(SOLIDS, (rows,), generator=rng)
+    u, v, w = torch.rand(3, rows, points, generator=rng)
+    around, height, side = 2 * math.pi * u, 2 * v - 1, (w > 0.5).float() * 2 - 1
+    flat = (1 - height.square()).sqrt()
+    ring = 0.7 + 0.3 * torch.cos(2 * math.pi * v)
+    cube = torch.stack([2 * u - 1, height, side], -1)
+    turned = torch.randint(3, (rows, points, 1), generator=rng)
+    cube = cube.gather(-1, (torch.arange(3) + turned) % 3)
+
+    def wound(radius: Tensor, z: Tensor) -> Tensor:
+        return torch.stack([radius * torch.cos(around), radius * torch.sin(around), z], -1)
+
+    surfaces = [
+        wound(flat, height),  # sphere
+        cube,
+        wound(torch.ones_like(u), height),  # cylinder
+        wound((1 - height) / 2, height),  # cone
+        wound(ring, 0.3 * torch.sin(2 * math.pi * v)),  # torus
+        wound(v, 1.5 * (2 * u - 1)),  # spiral stair
+    ]
+    cloud = torch.stack(surfaces, 1)[torch.arange(rows), kind]
+    cloud = cloud * (0.6 + 0.8 * torch.rand(rows, 1, 3, generator=rng))
+    turn = torch.linalg.qr(torch.randn(rows, 3, 3, generator=rng)).Q
+    return cloud @ turn + 0.05 * torch.randn(cloud.shape, generator=rng), kind
+
+
+def solids_pointnet() -> Problem:
+    """Which surface 24 noisy points are from: one network for every point, then the largest."""
+    rng = torch.Generator().manual_seed(0)
+    clouds, kinds = solids(5000, 24, rng)
+    layers = [Linear("first", 3, 32), Linear("second", 32, 64)]
+    layers += [Linear("third", 64, 32), Linear("leave", 32, SOLIDS)]
+
+    def logits(r: Replicas, x: Tensor) -> Tensor:
+        x = F.relu(layers[1](r, F.relu(layers[0](r, x)))).amax(2)
+        return layers[3](r, F.relu(layers[2](r, x)))
+
+    return Classified(
+        list(layers), logits, (clouds[:4000], kinds[:4000]), (clouds[4000:], kinds[4000:])
+    )
+
+
 UNSEEN: dict[str, Unseen] = {
     "fashion-mixer": Unseen(
         *(fashion_mixer, accuracy, "accuracy, %", True),
@@ -212,7 +259,11 @@ UNSEEN: dict[str, Unseen] = {
     ),
     "words-lstm": Unseen(
         *(words_lstm, perplexity, "perplexity", False),
-        *("momentum", (1.0, 0.1, 0.01), 28, 50, 16),
+        *("momentum", (1.0, 0.1, 0.01), 28, 30, 16),
+    ),
+    "solids-pointnet": Unseen(
+        *(solids_pointnet, accuracy, "accuracy, %", True),
+        *("sgd", (0.3, 0.03, 0.003), 28, 40, 32),
     ),
     "photo-coordinates": Unseen(
         *(photo_coordinates, peak_signal_to_noise, "PSNR, dB", True),

@@ -17,11 +17,16 @@ from torch.optim.lr_scheduler import LRScheduler
 from pyoptim import arc
 
 ACTIONS = ("raise", "keep", "lower")  # as arc.FACTORS
-KEEP, LOWER = 1, 2
+RAISE, KEEP, LOWER = range(3)
 # Without a known end: an end-of-cycle every so many epochs, as in the authors' framework.
 DEFAULT_INTERVAL = 3
 # As many decisions in a training of known length (paper, section 5).
 DECISIONS_PER_TRAINING = 10
+# How sure the network has to be to raise and to lower: chosen on held-out families, see the model
+# card.
+MARGINS = (0.4, 0.4)
+# Share of a training of known length in which the rate falls to zero, chosen in the same way.
+FINAL_DECAY = 0.3
 # The loss has diverged when its mean over a cycle rose by so many times the first cycle's.
 DIVERGED = 2.0
 
@@ -37,8 +42,8 @@ class Decision:
 
     Attributes:
         epoch: epochs finished when it was made.
-        action: "raise", "keep" or "lower".
-        probabilities: of these three, or None when the network was not asked.
+        action: "raise", "keep" or "lower"; "decay" in the last part of a training of known length.
+        probabilities: of raise, keep and lower, or None when the network was not asked.
         guard: what the guard saw: "not finite", "diverged", or None.
         restored: whether the last good state was put back.
         factor: what every learning rate was multiplied by, after the bounds.
@@ -58,7 +63,8 @@ class ARC(LRScheduler):
     """Autonomous learning-rate control from training signals alone.
 
     Every `interval` epochs (one cycle) the losses and learning rates of the last three cycles go
-    through a small network whose answer multiplies every learning rate by 1.618, 1 or 0.618.
+    through a small network whose answer multiplies every learning rate by 1.618, 1 or 0.618. In the
+    last part of a training of known length the rate falls along a line to zero instead.
 
         scheduler = ARC(optimizer, epochs=30)
         for epoch in range(30):
@@ -73,11 +79,17 @@ class ARC(LRScheduler):
     Args:
         optimizer: whose learning rates are set; ratios between its groups are kept.
         interval: epochs of a cycle; "auto" makes ten cycles of `epochs`, or takes 3 without it.
-        epochs: length of the training, for `interval="auto"`.
+        epochs: length of the training, for `interval="auto"` and `final_decay`.
         weights: "default", the name of another network inside the package (`pyoptim.arc.WEIGHTS`),
             a path to a file that `pyoptim.arc.save` made, or a function of training losses,
             validation losses and learning rates (as `pyoptim.arc.Controller.probabilities`) that
             gives the probabilities of raise, keep and lower.
+        margins: two numbers. The rate is raised when the probability of "raise" exceeds that of
+            "lower" by more than the first, lowered when it falls short by more than the second,
+            else kept. None: the likeliest of the three is done, as in the paper.
+        final_decay: share of `epochs`, at the end, in which the network is not asked and every
+            epoch's rate is a step down a line to zero. It waits as long as the network raises;
+            without `epochs` there is none. 0: none, as in the paper.
         min_lr, max_lr: bounds of every group's learning rate; a move that would cross one is
             shortened for all groups alike.
         guard: when a loss of the cycle is not finite, or the mean training loss has risen above
@@ -96,7 +108,7 @@ class ARC(LRScheduler):
     Raises: ValueError for an argument out of range, in `record` for a loss of more than one
     element, in `step` at the end of a cycle in which nothing was recorded.
     Source: "To Raise or Not To Raise: The Autonomous Learning Rate Question"; see `pyoptim.arc`.
-    Differs: guard, bounds, groups, resuming.
+    Differs: margins, final decay, guard, bounds, groups, resuming.
     """
 
     def __init__(
@@ -106,6 +118,8 @@ class ARC(LRScheduler):
         epochs: int | None = None,
         *,
         weights: str | Path | Judge = "default",
+        margins: tuple[float, float] | None = MARGINS,
+        final_decay: float = FINAL_DECAY,
         min_lr: float = 0.0,
         max_lr: float = math.inf,
         guard: bool = True,
@@ -120,7 +134,15 @@ class ARC(LRScheduler):
             raise ValueError(f"steps_per_epoch must be at least 1 or None, got {steps_per_epoch}")
         if last_epoch != -1:
             raise ValueError(f"last_epoch must be -1, got {last_epoch}; resume by load_state_dict")
+        if margins is not None and not _are_margins(margins):
+            raise ValueError(
+                f"margins must be two numbers, at least 0 and below 1, or None, got {margins}"
+            )
+        if not 0.0 <= final_decay < 1.0:
+            raise ValueError(f"final_decay must be at least 0 and below 1, got {final_decay}")
         self.min_lr, self.max_lr = min_lr, max_lr
+        self.margins = margins
+        self._decay = _epochs_of_decay(epochs, final_decay)
         self.guard = guard
         self.steps_per_epoch = steps_per_epoch or 1
         self.decisions: list[Decision] = []
@@ -169,9 +191,13 @@ class ARC(LRScheduler):
             self._cycle.val.append(float(val_loss))
         if self.last_epoch % self.interval == 0:
             self._end_cycle()
+        if self._is_decaying():
+            left = self._decay.stop - self.last_epoch
+            self._log("decay", self._move(left / (left + 1)))
         self._last_lr = self.get_lr()
 
     def _end_cycle(self) -> None:
+        was_decaying = self._is_decaying()
         cycle = self._cycle.finished(self._lr())
         trouble = self._trouble(cycle) if self.guard else None
         window = [*self._cycles, cycle][-arc.MAX_CYCLES :]
@@ -184,12 +210,26 @@ class ARC(LRScheduler):
             self._first_mean = cycle.mean() if self._first_mean is None else self._first_mean
             self._kept.keep()
         self._cycle = _Cycle()
-        factor = self._move(arc.FACTORS[chosen])
+        if trouble is not None or not was_decaying:
+            factor = self._move(arc.FACTORS[chosen])
+            self._log(ACTIONS[chosen], factor, probabilities, trouble, restored)
+
+    def _is_decaying(self) -> bool:
+        """Whether the final decay is on: it waits as long as the network raises."""
+        raised = bool(self.decisions) and self.decisions[-1].action == ACTIONS[RAISE]
+        return self.last_epoch in self._decay and not raised
+
+    def _log(
+        self,
+        action: str,
+        factor: float,
+        probabilities: tuple[float, ...] | None = None,
+        guard: str | None = None,
+        restored: bool = False,
+    ) -> None:
         lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.decisions.append(
-            Decision(
-                self.last_epoch, ACTIONS[chosen], probabilities, trouble, restored, factor, lrs
-            )
+            Decision(self.last_epoch, action, probabilities, guard, restored, factor, lrs)
         )
 
     def _lr(self) -> float:
@@ -210,13 +250,22 @@ class ARC(LRScheduler):
     ) -> tuple[int, tuple[float, ...] | None]:
         if trouble is not None:
             return LOWER, None
+        if self._is_decaying():
+            return KEEP, None
         lrs = [cycle.lr for cycle in cycles]
         train = [loss for cycle in cycles for loss in cycle.train]
         val = [loss for cycle in cycles for loss in cycle.val]
         if not (all(lr > 0.0 for lr in lrs) and all(map(math.isfinite, (*train, *val)))):
             return KEEP, None  # nothing to multiply, or nothing to judge by
         probabilities = tuple(self._judge(train, val, lrs))
-        return max(range(len(ACTIONS)), key=probabilities.__getitem__), probabilities
+        return self._action(probabilities), probabilities
+
+    def _action(self, probabilities: tuple[float, ...]) -> int:
+        if self.margins is None:
+            return max(range(len(ACTIONS)), key=probabilities.__getitem__)
+        lean = probabilities[RAISE] - probabilities[LOWER]
+        to_raise, to_lower = self.margins
+        return RAISE if lean > to_raise else LOWER if lean < -to_lower else KEEP
 
     def _move(self, factor: float) -> float:
         """Multiplies every learning rate; returns the factor that the bounds leave."""
@@ -349,6 +398,19 @@ def _interval(interval: int | str, epochs: int | None) -> int:
     if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
         raise ValueError(f'interval must be "auto" or a whole number above 0, got {interval!r}')
     return interval
+
+
+def _are_margins(margins: Any) -> bool:
+    if not isinstance(margins, Sequence) or len(margins) != 2:
+        return False
+    return all(isinstance(m, int | float) and 0.0 <= m < 1.0 for m in margins)
+
+
+def _epochs_of_decay(epochs: int | None, share: float) -> range:
+    """The numbers of finished epochs after which the rate is taken down a step."""
+    if epochs is None:
+        return range(0)
+    return range(epochs - min(round(share * epochs), epochs - 1), epochs)
 
 
 def _same_on_all_ranks(choice: tuple[Any, ...]) -> tuple[Any, ...]:

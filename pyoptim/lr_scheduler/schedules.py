@@ -140,8 +140,8 @@ def constant(
     last_epoch: int = -1,
 ) -> LambdaLR:
     """The initial learning rate, after an optional linear warm-up from 0."""
-    common = _common(optimizer, warmup, steps_per_epoch)
-    return LambdaLR(optimizer, Schedule(**common), last_epoch)
+    shared = common(optimizer, warmup, steps_per_epoch)
+    return LambdaLR(optimizer, Schedule(**shared), last_epoch)
 
 
 def linear(
@@ -170,11 +170,11 @@ def linear(
     Source: Joshi, Empirical Study of Neural Network Optimizers and Schedulers (2023), eq. (3).
     torch's LinearLR has other defaults: start_factor=1/3, end_factor=1.
     """
-    common = _common(optimizer, warmup, steps_per_epoch)
-    _check_total(total, warmup)
+    shared = common(optimizer, warmup, steps_per_epoch)
+    check_total(total, warmup)
     _check_not_negative("start_factor", start_factor)
     _check_not_negative("end_factor", end_factor)
-    schedule = _Linear(**common, total=total, start_factor=start_factor, end_factor=end_factor)
+    schedule = _Linear(**shared, total=total, start_factor=start_factor, end_factor=end_factor)
     return LambdaLR(optimizer, schedule, last_epoch)
 
 
@@ -198,12 +198,12 @@ def polynomial(
     Raises: ValueError for a length or rate out of range.
     Source: Joshi (2023), eq. (4).
     """
-    common = _common(optimizer, warmup, steps_per_epoch)
-    _check_total(total, warmup)
+    shared = common(optimizer, warmup, steps_per_epoch)
+    check_total(total, warmup)
     _check_above_zero("power", power)
     return _scheduler(
         optimizer,
-        lambda floor: _Polynomial(**common, floor=floor, total=total, power=power),
+        lambda floor: _Polynomial(**shared, floor=floor, total=total, power=power),
         min_lr,
         last_epoch,
     )
@@ -230,13 +230,13 @@ def cosine(
     Raises: ValueError for a length or rate out of range.
     Source: Joshi (2023), eq. (5); Loshchilov and Hutter, arXiv:1608.03983.
     """
-    common = _common(optimizer, warmup, steps_per_epoch)
-    _check_total(total, warmup)
+    shared = common(optimizer, warmup, steps_per_epoch)
+    check_total(total, warmup)
     if n_cycles < 1 or n_cycles != int(n_cycles):
         raise ValueError(f"n_cycles must be a whole number above 0, got {n_cycles}")
     return _scheduler(
         optimizer,
-        lambda floor: _Cosine(**common, floor=floor, total=total, n_cycles=int(n_cycles)),
+        lambda floor: _Cosine(**shared, floor=floor, total=total, n_cycles=int(n_cycles)),
         min_lr,
         last_epoch,
     )
@@ -263,14 +263,14 @@ def cosine_with_restarts(
     Raises: ValueError for a length or rate out of range.
     Source: Loshchilov and Hutter, arXiv:1608.03983, section 3.
     """
-    common = _common(optimizer, warmup, steps_per_epoch)
+    shared = common(optimizer, warmup, steps_per_epoch)
     _check_above_zero("first_cycle", first_cycle)
     if not cycle_mult >= 1.0:
         raise ValueError(f"cycle_mult must be at least 1, got {cycle_mult}")
     return _scheduler(
         optimizer,
         lambda floor: _Restarts(
-            **common, floor=floor, first_cycle=first_cycle, cycle_mult=float(cycle_mult)
+            **shared, floor=floor, first_cycle=first_cycle, cycle_mult=float(cycle_mult)
         ),
         min_lr,
         last_epoch,
@@ -290,11 +290,11 @@ def cyclic_cosine(
 
     Raises: ValueError for a length or rate out of range.
     """
-    common = _common(optimizer, warmup, steps_per_epoch)
+    shared = common(optimizer, warmup, steps_per_epoch)
     _check_above_zero("half_period", half_period)
     return _scheduler(
         optimizer,
-        lambda floor: _CyclicCosine(**common, floor=floor, half_period=half_period),
+        lambda floor: _CyclicCosine(**shared, floor=floor, half_period=half_period),
         min_lr,
         last_epoch,
     )
@@ -317,12 +317,12 @@ def exponential(
 
     Raises: ValueError for a length or rate out of range.
     """
-    common = _common(optimizer, warmup, steps_per_epoch)
+    shared = common(optimizer, warmup, steps_per_epoch)
     if not 0.0 < gamma <= 1.0:
         raise ValueError(f"gamma must be in (0, 1], got {gamma}")
     return _scheduler(
         optimizer,
-        lambda floor: _Exponential(**common, floor=floor, gamma=gamma),
+        lambda floor: _Exponential(**shared, floor=floor, gamma=gamma),
         min_lr,
         last_epoch,
     )
@@ -344,11 +344,11 @@ def inverse_sqrt(
 
     Raises: ValueError for a length out of range.
     """
-    common = _common(optimizer, warmup, steps_per_epoch)
+    shared = common(optimizer, warmup, steps_per_epoch)
     if timescale is None:
-        timescale = warmup or 10000 / common["steps_per_epoch"]
+        timescale = warmup or 10000 / shared["steps_per_epoch"]
     _check_above_zero("timescale", timescale)
-    schedule = _InverseRoot(**common, timescale=timescale)
+    schedule = _InverseRoot(**shared, timescale=timescale)
     return LambdaLR(optimizer, schedule, last_epoch)
 
 
@@ -367,15 +367,15 @@ def warmup_stable_decay(
     Args: as in `linear`. Raises: ValueError for a length or rate out of range.
     Source: Hu et al. (MiniCPM), arXiv:2404.06395, section 4 (there with other shapes of decay).
     """
-    common = _common(optimizer, warmup, steps_per_epoch)
-    _check_total(total, warmup)
+    shared = common(optimizer, warmup, steps_per_epoch)
+    check_total(total, warmup)
     if not 0 < decay <= total - warmup:
         raise ValueError(
             f"decay must be above 0 and at most total - warmup = {total - warmup}, got {decay}"
         )
     return _scheduler(
         optimizer,
-        lambda floor: _StableDecay(**common, floor=floor, total=total, n_decay=decay),
+        lambda floor: _StableDecay(**shared, floor=floor, total=total, n_decay=decay),
         min_lr,
         last_epoch,
     )
@@ -388,11 +388,12 @@ def _scheduler(
     last_epoch: int,
 ) -> LambdaLR:
     _check_not_negative("min_lr", min_lr)
-    schedules = [schedule_at(_floor(group, min_lr)) for group in optimizer.param_groups]
+    schedules = [schedule_at(floor_of(group, min_lr)) for group in optimizer.param_groups]
     return LambdaLR(optimizer, schedules, last_epoch)
 
 
-def _floor(group: dict[str, Any], min_lr: float) -> float:
+def floor_of(group: dict[str, Any], min_lr: float) -> float:
+    """`min_lr` as a share of the group's initial rate."""
     if min_lr == 0.0:
         return 0.0
     initial = group.get("initial_lr", group["lr"])
@@ -404,7 +405,8 @@ def _floor(group: dict[str, Any], min_lr: float) -> float:
     return float(min_lr / initial)
 
 
-def _common(optimizer: object, warmup: float, steps_per_epoch: int | None) -> dict[str, Any]:
+def common(optimizer: object, warmup: float, steps_per_epoch: int | None) -> dict[str, Any]:
+    """What every `Schedule` is made of, checked."""
     if not isinstance(optimizer, Optimizer):
         kind = type(optimizer).__name__
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {kind}")
@@ -414,7 +416,7 @@ def _common(optimizer: object, warmup: float, steps_per_epoch: int | None) -> di
     return {"warmup": warmup, "steps_per_epoch": steps_per_epoch or 1}
 
 
-def _check_total(total: float, warmup: float) -> None:
+def check_total(total: float, warmup: float) -> None:
     if not warmup < total < math.inf:
         raise ValueError(f"total must be a finite number above warmup = {warmup}, got {total}")
 
