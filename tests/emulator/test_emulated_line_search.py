@@ -1,5 +1,6 @@
 """The CUDA engine's trials of a line search in the emulator: bits, guards, launches, refusals."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,12 +63,26 @@ class Trial:
         n = self.sums.numel() - 2
         return float(emulator.norms(1, self.sums[1:-1], [n]))
 
+    def totals(self, emulator: Emulator) -> list[float]:
+        """The engine's sums of every row by itself, in which no last bit is lost."""
+        ends = [row.first_chunk for row in self.rows[1:]] + [self.sums.numel() - 2]
+        return emulator.norms(1, self.sums[1:-1], ends).tolist()
+
     def expected(self, clip: float = 1.0) -> float:
         """Makes the trial of the CPU engine."""
+        return self._cpu_total(self.wanted, clip)
+
+    def expected_totals(self) -> list[float]:
+        """Makes a trial of every row from what was saved."""
+        rows = [replace(row, param=row.param.clone(), source=row.saved) for row in self.wanted]
+        return [self._cpu_total([replace(row, saved=row.param.clone())], 1.0) for row in rows]
+
+    @staticmethod
+    def _cpu_total(rows: Sequence[Row], clip: float) -> float:
         total = torch.full((), torch.nan, dtype=torch.float64)
         fields = [
             (r.param, r.grad, r.states, torch.tensor(3.0), 0, False, 0, False, r.source, r.saved)
-            for r in self.wanted
+            for r in rows
         ]
         NATIVE.run_rows("line_trial", [GROUP], fields, 1.0, clip, None, gpu.Memory(), total)
         return float(total)
@@ -120,6 +135,7 @@ def test_bits_are_the_cpu_engines(
     t = trial(dtype, state_dtype, offsets=offsets)
     assert t.run(emulator) == 1
     assert t.total(emulator) == t.expected()
+    assert t.totals(emulator) == t.expected_totals()
     t.check()
 
 

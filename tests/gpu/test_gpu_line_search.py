@@ -117,6 +117,19 @@ def test_slopes_of_many_chunks_are_summed_in_order(
     pair.search(0)
 
 
+def test_slopes_of_one_chunk_are_summed_in_order(engine: str, device: torch.device) -> None:
+    """One by one: the last bit of a larger sum would hide the last bits of these."""
+    for n in (1023, 1025, 2049, 3000, 3070, 4000):
+        pair = Pair(engine, device, [(n,)], torch.float64, **BASES["sgd-momentum"])
+        pair.start(0.3)
+
+
+def test_what_lies_beyond_the_end_is_no_term(engine: str, device: torch.device) -> None:
+    """Without eps the quotient of what is not there would be NaN."""
+    pair = Pair(engine, device, [(1,), (6,), (1027,)], eps=0.0, **BASES["rmsprop"])
+    pair.search(0)
+
+
 def test_rows_of_several_kernels_have_one_slope(engine: str, device: torch.device) -> None:
     """Their chunks are summed in the order of the parameters, not of the launches."""
     bases = ["adam", "sgd", "adam", "amsgrad", "sgd-momentum", "adagrad"]

@@ -1,5 +1,6 @@
 """AdamP and SGDP of the Triton engine give the bits of the CPU engine, and touch nothing else."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from cases import ADAMP, KERNEL_DTYPES, SGDP, Case, assert_same_bits, parametrize_cases
 from engines import running
 from projected import Shape, Training
+from torch import Tensor
+from torch.nn import Parameter
 
 pytestmark = [
     pytest.mark.native,
@@ -81,6 +84,61 @@ def test_special_values_have_the_bits_of_the_cpu_engine(value: float) -> None:
     with running("triton"):
         actual.optimizer.step()
     expected.optimizer.step()
+    assert_same_bits(actual.arrays(), expected.arrays())
+
+
+def check_changed(shapes: tuple[Shape, ...], change: Callable[[Parameter, Tensor], None]) -> None:
+    """One step by both engines after change(param, grad), for tensors with a channel view."""
+    actual, expected = (
+        Training(PLAIN, shapes=shapes, decisions=("channel",), backend=name)
+        for name in ("triton", "cpu")
+    )
+    for training in (actual, expected):
+        for p in training.params:
+            assert p.grad is not None
+            change(p, p.grad)
+        with running("triton"):
+            training.optimizer.step()
+    assert_same_bits(actual.arrays(), expected.arrays())
+
+
+@pytest.mark.parametrize("row", [0, 63, 64, 69])
+def test_one_row_that_fails_is_found_wherever_it_is(row: int) -> None:
+    def fail(p: Parameter, grad: Tensor) -> None:
+        grad[row] += p.detach()[row]
+
+    check_changed((Shape((70, 8)),), fail)
+
+
+@pytest.mark.parametrize("sizes", [(70, 8), (2, 16388)], ids=str)
+def test_a_small_gradient_that_is_nearly_at_right_angles_is_projected(
+    sizes: tuple[int, int],
+) -> None:
+    """A norm in the other's place would make its cosine, half of the limit, 1000 times larger."""
+
+    def tilt(p: Parameter, grad: Tensor) -> None:
+        w = p.detach()
+        norms = grad.norm(dim=1, keepdim=True) / w.norm(dim=1, keepdim=True)
+        grad += 0.05 / sizes[1] ** 0.5 * norms * w
+        grad *= 1e-3
+
+    check_changed((Shape(sizes),), tilt)
+
+
+def test_a_gradient_shorter_than_eps_is_at_right_angles() -> None:
+    def shrink(p: Parameter, grad: Tensor) -> None:
+        grad += p.detach()
+        grad *= 1e-11
+
+    check_changed((Shape((70, 8)),), shrink)
+
+
+def test_no_eps_makes_no_nan_beside_a_row() -> None:
+    actual, expected = (Training(PLAIN, shapes=FEW, backend=name) for name in ("triton", "cpu"))
+    for training in (actual, expected):
+        training.optimizer.param_groups[0]["eps"] = 0.0
+        with running("triton"):
+            training.optimizer.step()
     assert_same_bits(actual.arrays(), expected.arrays())
 
 
