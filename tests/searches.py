@@ -64,8 +64,8 @@ HARD: dict[str, Callable[[], Pair]] = {
     "equal rows": lambda: (normal(20, 5, 1), torch.full((200, 5), 0.3)),
     "infinite": _infinite,
     "huge": _huge,
-    # Every value of the filter is positive: a column that does not exist would be the nearest.
-    "amid": lambda: (normal(20, 24, 1) * 0.05, normal(70, 24, 2)),
+    # Every value of the filter is positive, and a tile lacks one column: it would be the nearest.
+    "amid": lambda: (normal(20, 24, 1) * 0.05, normal(127, 24, 2)),
     "zeros": lambda: (torch.zeros(5, 40), torch.zeros(130, 40)),
     "many magnitudes": lambda: (
         normal(30, 20, 1) * 2.0 ** (normal(30, 20, 2) * 30).round(),
