@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,12 +19,15 @@ def broadcast_weights(
     *,
     labels: Tensor | None = None,
     same_class: bool = False,
+    neighbors: int = 1,
     metric: str = "sqeuclidean",
     **options: Any,
 ) -> Tensor:
     """The weight of the nearest coreset sample, for every sample; [n], dtype of `weights`.
 
         w_i = weights[argmin_j distance(features_i, features[indices_j])]
+
+    With several neighbors it is the mean of their weights.
 
     Args:
         features: [n, ...], floating point, finite.
@@ -33,10 +37,12 @@ def broadcast_weights(
         same_class: look only at coreset samples with the sample's own label. Without it the
             nearest one carries another label for a third of Fashion-MNIST's pixels, so that a
             neighbour that looks mislabelled decides the weight.
+        neighbors: how many of the nearest are averaged; all of them, where the coreset (or, with
+            same_class, the sample's class in it) has fewer.
         metric, options: passed on to `nearest`.
 
-    Of equally near coreset samples the first in `indices` decides; a coreset sample without a
-    duplicate keeps its own weight.
+    Of equally near coreset samples the first in `indices` decides; with one neighbor, a coreset
+    sample without a duplicate keeps its own weight.
 
     Raises:
         ValueError: an argument is not as described; a class has no sample in the coreset.
@@ -47,17 +53,45 @@ def broadcast_weights(
     x = matrix("features", features)
     n = len(x)
     indices, weights = _checked_coreset(indices, weights, n)
-    classes = None
-    if same_class:
-        if labels is None:
-            raise ValueError("same_class=True needs labels")
-        check_labels("labels", labels, n)
-        labels = labels.to(x.device)
-        _check_covered(labels, labels[indices.to(x.device)])
-        classes = (labels, labels[indices.to(x.device)])
-    coreset = x[indices.to(x.device)]
-    _, at = nearest(x, coreset, same_class=classes, metric=metric, **options)
-    return weights[at.reshape(n).to(weights.device)]
+    if isinstance(neighbors, bool) or not isinstance(neighbors, int) or neighbors < 1:
+        raise ValueError(f"neighbors must be an int of at least 1, got {neighbors!r}")
+    own, at = weights.to(x.device), indices.to(x.device)
+    classes = _classes(labels, n, at) if same_class else None
+    result = torch.empty(n, dtype=own.dtype, device=own.device)
+    for k, rows, columns in _groups(classes, len(at), neighbors):
+        among = None if classes is None else (classes[0][rows], classes[1][columns])
+        coreset = x[at[columns]]
+        _, found = nearest(x[rows], coreset, k, same_class=among, metric=metric, **options)
+        result[rows] = own[columns][found.reshape(-1, k)].mean(1)
+    return result.to(weights.device)
+
+
+def _classes(labels: Tensor | None, n: int, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels of all samples and of the coreset."""
+    if labels is None:
+        raise ValueError("same_class=True needs labels")
+    check_labels("labels", labels, n)
+    labels = labels.to(at.device)
+    _check_covered(labels, labels[at])
+    return labels, labels[at]
+
+
+def _groups(
+    classes: tuple[Tensor, Tensor] | None, m: int, neighbors: int
+) -> Iterator[tuple[int, slice | Tensor, slice | Tensor]]:
+    """(neighbors, samples, coreset samples), for all classes that have that many at once."""
+    if classes is None:
+        yield min(neighbors, m), slice(None), slice(None)
+        return
+    labels, of_coreset = classes
+    values, numbers, counts = torch.unique(of_coreset, return_inverse=True, return_counts=True)
+    sizes = counts.clamp(max=neighbors)
+    if bool((sizes == sizes[0]).all()):
+        yield int(sizes[0]), slice(None), slice(None)
+        return
+    of_sample, of_column = sizes[torch.searchsorted(values, labels)], sizes[numbers]
+    for k in sizes.unique().tolist():
+        yield k, (of_sample == k).nonzero().squeeze(1), (of_column == k).nonzero().squeeze(1)
 
 
 def _checked_coreset(indices: Tensor, weights: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -147,26 +147,35 @@ def test_progress_is_tqdm_where_it_is_installed(monkeypatch: pytest.MonkeyPatch)
 # -- broadcast -------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 30), st.integers(1, 4), st.integers(0, 99), st.booleans(), st.data())
-def test_broadcast_gives_the_weight_of_the_nearest(
-    n: int, d: int, seed: int, same_class: bool, given_data: Any
+@given(
+    st.integers(1, 30),
+    st.integers(1, 4),
+    st.integers(0, 99),
+    st.booleans(),
+    st.integers(1, 5),
+    st.data(),
+)
+def test_broadcast_gives_the_mean_weight_of_the_nearest(
+    n: int, d: int, seed: int, same_class: bool, neighbors: int, given_data: Any
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randint(-3, 4, (n, d), generator=generator).double()  # ties happen
-    labels = torch.randint(2, (n,), generator=generator)
+    labels = 7 * torch.randint(3, (n,), generator=generator) - 5
     indices = given_data.draw(st.permutations(range(n)))[: given_data.draw(st.integers(1, n))]
     covered = set(labels[indices].tolist()) == set(labels.tolist())
     weights = torch.rand(len(indices), generator=generator)
     at = torch.tensor(indices)
+    options = {"labels": labels, "same_class": same_class, "neighbors": neighbors}
     if same_class and not covered:
         with pytest.raises(ValueError, match="the coreset has no sample of label"):
-            broadcast_weights(x, at, weights, labels=labels, same_class=True)
+            broadcast_weights(x, at, weights, **options)
         return
-    found = broadcast_weights(x, at, weights, labels=labels, same_class=same_class)
+    found = broadcast_weights(x, at, weights, **options)
     for i in range(n):
         allowed = [j for j, c in enumerate(indices) if not same_class or labels[c] == labels[i]]
-        best = min(allowed, key=lambda j: float((x[i] - x[indices[j]]).square().sum()))
-        assert found[i] == weights[best]
+        allowed.sort(key=lambda j: float((x[i] - x[indices[j]]).square().sum()))
+        expected = float(weights[allowed[:neighbors]].double().mean())
+        assert float(found[i]) == pytest.approx(expected, rel=3e-7)  # five roundings
     assert found.dtype == weights.dtype
 
 
@@ -182,6 +191,7 @@ def test_broadcast_names_what_is_wrong() -> None:
         ({"same_class": True, "labels": None}, "same_class=True needs labels"),
         ({"same_class": True}, "no sample of label 2"),
         ({"features": x / 0}, "features holds NaN or inf"),
+        ({"neighbors": 0}, "neighbors must be an int of at least 1, got 0"),
     ):
         given = {"features": x, "indices": at, "weights": weights, "labels": labels, **options}
         with pytest.raises(ValueError, match=message):
