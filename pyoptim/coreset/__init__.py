@@ -11,6 +11,7 @@ from pyoptim.coreset.distance import nearest, nearest_reference, pairwise_sqdist
 from pyoptim.coreset.features import Features, extract_features
 from pyoptim.coreset.gradients import craig, facility_location, glister, gradmatch
 from pyoptim.coreset.greedy import herding, k_center_greedy
+from pyoptim.coreset.head import LinearHead
 from pyoptim.coreset.methods import METHODS, select
 from pyoptim.coreset.moderate import moderate, moderate_scores
 from pyoptim.coreset.scores import (
@@ -36,6 +37,7 @@ __all__ = [
     "CenterDistances",
     "Features",
     "ForgettingCounter",
+    "LinearHead",
     "Selection",
     "Training",
     "broadcast_weights",

@@ -53,8 +53,7 @@ def broadcast_weights(
     x = matrix("features", features)
     n = len(x)
     indices, weights = _checked_coreset(indices, weights, n)
-    if isinstance(neighbors, bool) or not isinstance(neighbors, int) or neighbors < 1:
-        raise ValueError(f"neighbors must be an int of at least 1, got {neighbors!r}")
+    check_neighbors(neighbors)
     own, at = weights.to(x.device), indices.to(x.device)
     classes = _classes(labels, n, at) if same_class else None
     result = torch.empty(n, dtype=own.dtype, device=own.device)
@@ -64,6 +63,12 @@ def broadcast_weights(
         _, found = nearest(x[rows], coreset, k, same_class=among, metric=metric, **options)
         result[rows] = own[columns][found.reshape(-1, k)].mean(1)
     return result.to(weights.device)
+
+
+def check_neighbors(neighbors: int) -> None:
+    """Raises ValueError unless it is an int of at least 1."""
+    if isinstance(neighbors, bool) or not isinstance(neighbors, int) or neighbors < 1:
+        raise ValueError(f"neighbors must be an int of at least 1, got {neighbors!r}")
 
 
 def _classes(labels: Tensor | None, n: int, at: Tensor) -> tuple[Tensor, Tensor]:
