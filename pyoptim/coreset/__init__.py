@@ -27,7 +27,11 @@ from pyoptim.coreset.scores import (
     uncertainty_scores,
 )
 from pyoptim.coreset.selection import Selection
-from pyoptim.coreset.sharded import select_sharded
+from pyoptim.coreset.sharded import (
+    broadcast_weights_sharded,
+    nearest_sharded,
+    select_sharded,
+)
 from pyoptim.coreset.training import Training, learn_weights, train_weighted
 
 __all__ = [
@@ -41,6 +45,7 @@ __all__ = [
     "Selection",
     "Training",
     "broadcast_weights",
+    "broadcast_weights_sharded",
     "by_score",
     "center_distances",
     "class_medians",
@@ -61,6 +66,7 @@ __all__ = [
     "moderate_scores",
     "nearest",
     "nearest_reference",
+    "nearest_sharded",
     "pairwise_sqdist",
     "random",
     "select",

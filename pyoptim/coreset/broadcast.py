@@ -52,15 +52,35 @@ def broadcast_weights(
     """
     x = matrix("features", features)
     n = len(x)
-    indices, weights = _checked_coreset(indices, weights, n)
+    indices, weights = checked_coreset(indices, weights, n)
     check_neighbors(neighbors)
-    own, at = weights.to(x.device), indices.to(x.device)
+    at = indices.to(x.device)
     classes = _classes(labels, n, at) if same_class else None
-    result = torch.empty(n, dtype=own.dtype, device=own.device)
-    for k, rows, columns in _groups(classes, len(at), neighbors):
+    return average_of_nearest(x, x[at], weights, classes, neighbors, metric=metric, **options)
+
+
+def average_of_nearest(
+    x: Tensor,
+    coreset: Tensor,
+    weights: Tensor,
+    classes: tuple[Tensor, Tensor] | None,
+    neighbors: int,
+    **options: Any,
+) -> Tensor:
+    """[n]: the mean weight of the nearest rows of the coreset, for every row of x.
+
+    Args:
+        x, coreset: [n, d] and [k, d].
+        weights: [k].
+        classes: labels of both, [n] and [k], each of the first also in the second; None compares
+            all rows with all.
+        neighbors, options: as for `broadcast_weights`.
+    """
+    own = weights.to(x.device)
+    result = torch.empty(len(x), dtype=own.dtype, device=own.device)
+    for k, rows, columns in _groups(classes, len(coreset), neighbors):
         among = None if classes is None else (classes[0][rows], classes[1][columns])
-        coreset = x[at[columns]]
-        _, found = nearest(x[rows], coreset, k, same_class=among, metric=metric, **options)
+        _, found = nearest(x[rows], coreset[columns], k, same_class=among, **options)
         result[rows] = own[columns][found.reshape(-1, k)].mean(1)
     return result.to(weights.device)
 
@@ -77,7 +97,7 @@ def _classes(labels: Tensor | None, n: int, at: Tensor) -> tuple[Tensor, Tensor]
         raise ValueError("same_class=True needs labels")
     check_labels("labels", labels, n)
     labels = labels.to(at.device)
-    _check_covered(labels, labels[at])
+    check_covered(labels, labels[at])
     return labels, labels[at]
 
 
@@ -99,7 +119,8 @@ def _groups(
         yield k, (of_sample == k).nonzero().squeeze(1), (of_column == k).nonzero().squeeze(1)
 
 
-def _checked_coreset(indices: Tensor, weights: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def checked_coreset(indices: Tensor, weights: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Both, of a coreset of n samples; raises ValueError or TypeError for what cannot be one."""
     check_labels("indices", indices, len(indices))
     if len(indices) == 0:
         raise ValueError("indices is empty; a broadcast needs at least one coreset sample")
@@ -118,7 +139,8 @@ def _checked_coreset(indices: Tensor, weights: Tensor, n: int) -> tuple[Tensor, 
     return indices.long(), weights.detach()
 
 
-def _check_covered(labels: Tensor, of_coreset: Tensor) -> None:
+def check_covered(labels: Tensor, of_coreset: Tensor) -> None:
+    """Raises ValueError for a label that the coreset has not."""
     missing = labels[~torch.isin(labels, of_coreset)]
     if len(missing):
         raise ValueError(
