@@ -1,4 +1,4 @@
-"""CW-ERM's table on real data: `python -m pyoptim.bench.bench_cwerm --out bench/results/cwerm.json`.
+"""CW-ERM's table on real data: `python -m pyoptim.bench.bench_cwerm --out FILE.json`.
 
 A small convolutional network learns Fashion-MNIST with 40 % of the labels drawn at random ("noise")
 or with class sizes that fall by a factor of 100 ("imbalance"): by plain training (ERM), weighted
@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-import pyoptim
 from pyoptim import coreset
 from pyoptim.coreset import CWERM, Training
 from pyoptim.demo import find_data, load_digits
@@ -98,9 +97,7 @@ class Run:
         """The paper's SGD with a cosine; every epoch sees all images."""
         side = self.task.images.shape[-1]
         epochs = self.scale.epochs
-        return Training(
-            lambda: make_network(side), epochs=epochs, seed=self.seed, progress=False
-        )
+        return Training(lambda: make_network(side), epochs=epochs, seed=self.seed, progress=False)
 
     @property
     def on_coreset(self) -> Training:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -101,7 +102,7 @@ def make_network(side: int) -> nn.Module:
     layers: list[nn.Module] = []
     for i, o in ((1, 16), (16, 32)):
         layers += [nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
-    left = -(-(-(-side // 2)) // 2)
+    left = math.ceil(math.ceil(side / 2) / 2)
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * left**2, 10))
 
 

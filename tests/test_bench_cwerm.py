@@ -121,7 +121,10 @@ def test_the_table_has_means_deviations_and_the_cost_ratio() -> None:
         }
 
     rows = [row("w-erm", 0, 82.0, reweight=60.0)]
-    rows += [row("cw-erm", s, a, features=1.0, reweight=5.0, train=6.0) for s, a in ((0, 80.0), (1, 84.0))]
+    rows += [
+        row("cw-erm", s, a, features=1.0, reweight=5.0, train=6.0)
+        for s, a in ((0, 80.0), (1, 84.0))
+    ]
     rows += [row("erm", 0, 81.0, train=6.0)]
     lines = bench.table(rows, "noise").splitlines()[2:]
     assert lines[0] == "| ERM | 1 | 81.00 | 0.100 | - | - | - | - |"

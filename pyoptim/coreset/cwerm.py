@@ -173,11 +173,10 @@ class CWERM:
         self, source: Tensor | Dataset[Any], labels: Tensor, k: int
     ) -> tuple[Training, dict[str, Any]]:
         """How the weights are learnt, and the options of the MetaReweighter."""
-        is_tensor = isinstance(source, Tensor)
-        if is_tensor != (self.reweight_on == "features"):
+        if isinstance(source, Tensor) != (self.reweight_on == "features"):
+            kind = {"features": "a tensor of features", "data": "a Dataset"}[self.reweight_on]
             raise TypeError(
-                f'reweight_on={self.reweight_on!r} learns from {"the" if is_tensor else "a tensor of"}'
-                f" {self.reweight_on}, got {type(source).__name__}"
+                f"reweight_on={self.reweight_on!r} learns from {kind}, got {type(source).__name__}"
             )
         if self.reweighting is not None:
             return self.reweighting, self.meta_options
@@ -305,8 +304,8 @@ class CWERM:
                 )
 
     def _settings(self, features: Tensor, labels: Tensor) -> dict[str, Any]:
-        names = ("fraction", "budget", "method", "reweight_on", "readout")
-        names += ("same_class", "neighbors", "metric", "scale")
+        names = ["fraction", "budget", "method", "reweight_on", "readout"]
+        names += ["same_class", "neighbors", "metric", "scale"]
         settings: dict[str, Any] = {name: repr(getattr(self, name)) for name in names}
         for name in ("method_options", "meta_options"):
             settings[name] = plain(getattr(self, name))

@@ -142,9 +142,7 @@ def errors_of_classes(rank: int, rows: slice) -> None:
     x, labels, _ = data()
     weights = torch.ones(2)
     at = (labels != labels[0]).nonzero().squeeze(1)[:2]
-    coreset.broadcast_weights_sharded(
-        x[rows], at, weights, labels=labels[rows], same_class=True
-    )
+    coreset.broadcast_weights_sharded(x[rows], at, weights, labels=labels[rows], same_class=True)
 
 
 def errors_of_indices(rank: int, rows: slice) -> None:
