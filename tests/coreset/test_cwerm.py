@@ -337,15 +337,15 @@ def pipeline(directory: Path | None, at: int | None = None, **options: Any) -> C
 def test_a_run_is_its_four_stages() -> None:
     x, y = data()
     source = TensorDataset(x, y)
-    whole = pipeline(None).fit(source, x, y, meta=source)
-    steps = pipeline(None)
+    whole = pipeline(None, neighbors=2).fit(source, x, y, meta=source)
+    steps = pipeline(None, neighbors=2)
     selection = steps.select(x, y)
     assert selection.indices.tolist() == (
         coreset.moderate(x, y, budget=9, scope="class").indices.tolist()
     )
     learnt = steps.reweight(x, y, selection.indices, source)
     weights = steps.broadcast(x, y, selection.indices, learnt)
-    raw = broadcast_weights(x, selection.indices, learnt, labels=y, same_class=True)
+    raw = broadcast_weights(x, selection.indices, learnt, labels=y, same_class=True, neighbors=2)
     torch.testing.assert_close(weights, raw / raw.mean())
     assert weights.mean() == pytest.approx(1.0)
     model = steps.train(source, weights)
