@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from pyoptim.adam import Adam
 from pyoptim.coreset.broadcast import broadcast_weights, check_neighbors
 from pyoptim.coreset.head import LinearHead
 from pyoptim.coreset.methods import METHODS, select
@@ -71,8 +70,7 @@ class CWERM:
             its own.
             Random methods draw from the seed of `training`.
         meta_options: arguments of `pyoptim.reweight.MetaReweighter`. With the default
-            `reweighting` of features they add to its own: weights divided by their sum, no meta
-            step in the first third of the steps, Adam with a learning rate of 0.1.
+            `reweighting` of features, no meta step is made in the first third of the steps.
         readout: how weights are read at the end, as for `learn_weights`; open in the paper.
         same_class: whether the neighbour must have the sample's label; open in the paper. Without
             it, weights cannot tell a wrong label from a right one on the same image.
@@ -321,7 +319,7 @@ class CWERM:
 # Of the stage that learns weights on features; Fashion-MNIST with 40 % wrong labels, validation
 # data, 2026-11. Components: a coreset of 600 gave 16 the weights that tell wrong labels best (area
 # under the curve 0.95; 0.93 for 32, 0.90 for 64), one of 120 gave 6 (0.93) more than 12 (0.91).
-HEAD_STEPS, HEAD_LR, HEAD_META_LR, HEAD_WARMUP = 1000, 0.1, 0.1, 1 / 3
+HEAD_STEPS, HEAD_LR, HEAD_WARMUP = 1000, 0.1, 1 / 3
 SAMPLES_PER_DIM, FEWEST_DIMS = 40, 6
 
 
@@ -351,12 +349,8 @@ def head_training(
         seed=like.seed,
         progress=like.progress,
     )
-    own = {
-        "normalize": "sum",
-        "warmup": round(HEAD_WARMUP * training.epochs * batches),
-        "meta_optimizer": lambda params: Adam(params, lr=HEAD_META_LR, weight_decay=1e-4),
-    }
-    return training, {**own, **options}
+    warmup = round(HEAD_WARMUP * training.epochs * batches)
+    return training, {"warmup": warmup, **options}
 
 
 def _check_meta(meta: Dataset[Any] | None, features: Tensor) -> None:
