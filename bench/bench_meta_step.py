@@ -8,9 +8,14 @@ repetition; the meta part is what a step costs beyond a plain one.
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +24,11 @@ from torch.nn import functional as F
 import pyoptim
 from pyoptim.reweight import MetaReweighter
 
+from . import machine
+from .report import markdown_table
 from .timing import Variant, interleave, pairwise, summarize
 
+PROGRAM = "python -m pyoptim.bench.bench_meta_step"
 BATCH, CLASSES = 100, 10
 REPETITIONS, SECONDS = 15, 25.0
 PLAIN, EVERY_FIFTH = "plain step", "forward mode, every 5th step"
@@ -63,8 +71,8 @@ def meta_step(model: nn.Module, **options: object) -> Callable[[], object]:
     return lambda: reweighter.step(*train, *meta)
 
 
-def main() -> None:
-    threads = int(sys.argv[1]) if len(sys.argv) > 1 else 1
+def measure(threads: int) -> list[dict[str, object]]:
+    """Medians: milliseconds per step, and the ratio to a plain step of the same repetition."""
     torch.manual_seed(0)
     model = make_model()
     ways: dict[str, dict[str, object]] = {
@@ -81,13 +89,44 @@ def main() -> None:
     interleave(variants, REPETITIONS, SECONDS)
     clock = "cpu" if threads == 1 else "wall"
     plain = getattr(variants[0], clock)
-    print(f"torch {torch.__version__}, {threads} thread(s), {clock} time, batch {BATCH}")
+    rows = []
     for variant in variants:
         times = getattr(variant, clock)
         ratio = pairwise(times, plain).median
-        meta = "" if variant.name == PLAIN else f"  meta part {ratio - 1:5.2f}"
-        print(f"  {variant.name:29} {summarize(times).median * 1e3:8.1f} ms  {ratio:5.2f}{meta}")
+        milliseconds = summarize(times).median * 1e3
+        rows.append({"step": variant.name, "milliseconds": milliseconds, "plain_steps": ratio})
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    arguments = parser.parse_args(argv)
+    rows = measure(arguments.threads)
+    clock = "CPU" if arguments.threads == 1 else "wall"
+    print(
+        f"torch {torch.__version__}, {arguments.threads} thread(s), {clock} time, batch {BATCH}\n"
+    )
+    head = ["step", "ms", "in plain steps", "meta part"]
+    print(markdown_table(head, [_cells(row) for row in rows]))
+    if arguments.out:
+        content = {
+            "command": shlex.join([*PROGRAM.split(), *(sys.argv[1:] if argv is None else argv)]),
+            "versions": machine.describe_versions(),
+            "machine": machine.describe_machine(),
+            "batch": BATCH,
+            "threads": arguments.threads,
+            "rows": rows,
+        }
+        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    meta = "-" if row["step"] == PLAIN else f"{row['plain_steps'] - 1:.2f}"
+    return [row["step"], f"{row['milliseconds']:.1f}", f"{row['plain_steps']:.2f}", meta]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from pyoptim.adam import Adam
+from pyoptim.sam import SAM
 
 NORMALIZATIONS = ("n", "sum")
 META_GRADIENTS = ("forward", "double_backward")
@@ -99,6 +101,9 @@ class MetaReweighter:
             large losses rise, and those of wrong labels with them.
         virtual_lr: lr of the virtual step; None is that of the optimizer's groups.
         meta_gradient: "forward", or "double_backward", the plain form, slower and with more memory.
+        use_closure: whether the optimizer's step gets a closure, which computes the weighted loss
+            again with the same weights and runs its backward pass; None: for `pyoptim.SAM` and
+            where `step` cannot be called without one (torch's LBFGS).
 
     BatchNorm and other buffers: the training batch updates them once per step; what the other
     passes do to them is dropped. Dropout draws the same masks in all passes over the training
@@ -125,6 +130,7 @@ class MetaReweighter:
         warmup: int = 0,
         virtual_lr: float | None = None,
         meta_gradient: str = "forward",
+        use_closure: bool | None = None,
     ) -> None:
         _check_choice("normalize", normalize, NORMALIZATIONS)
         _check_choice("meta_gradient", meta_gradient, META_GRADIENTS)
@@ -148,6 +154,7 @@ class MetaReweighter:
             make = _default_meta_optimizer if meta_optimizer is None else meta_optimizer
             meta_optimizer = make(weight_net.parameters())
         self.meta_optimizer = meta_optimizer
+        self.use_closure = _needs_closure(optimizer) if use_closure is None else use_closure
         self.steps = 0
 
     # -- one step ----------------------------------------------------------------------------------
@@ -160,7 +167,8 @@ class MetaReweighter:
             meta_x, meta_y: those of the meta batch; not looked at where no meta step is due.
 
         Raises:
-            ValueError: the loss is not one number per sample; a meta batch is missing.
+            ValueError: the loss is not one number per sample; a meta batch is missing; the meta
+                loss is not finite.
             RuntimeError: an operation of the model has no forward-mode derivative.
         """
         is_meta = self.needs_meta_batch
@@ -179,7 +187,7 @@ class MetaReweighter:
             loss = weights @ losses
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
+        self._step_optimizer(weights, x, y)
         self.steps += 1
         return MetaStep(loss.detach(), losses.detach(), weights, meta_loss)
 
@@ -315,7 +323,30 @@ class MetaReweighter:
 
     def _meta_loss(self, before: _Snapshot, params: Params, meta_x: Any, meta_y: Any) -> Tensor:
         outputs = before.call(self.model, params, meta_x)
-        return self._checked(self.loss_fn(outputs, meta_y), meta_y).mean()
+        loss = self._checked(self.loss_fn(outputs, meta_y), meta_y).mean()
+        # One such loss would make the weight network, and all weights from then on, NaN.
+        if not bool(loss.isfinite()):
+            raise ValueError(
+                f"the meta loss is {loss.item()}: the meta batch holds NaN or inf, or the training "
+                "losses are not finite; no parameter has been changed. Look for such samples, or "
+                "lower the learning rate"
+            )
+        return loss
+
+    def _step_optimizer(self, weights: Tensor, x: Any, y: Any) -> None:
+        """The real step, after its backward pass."""
+        if not self.use_closure:
+            self.optimizer.step()
+            return
+
+        def closure(backward: bool = True) -> Tensor:
+            loss = weights @ self._checked(self.loss_fn(_call(self.model, x), y), y)
+            if backward and torch.is_grad_enabled():
+                self.optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        self.optimizer.step(closure)  # type: ignore[arg-type]
 
     def _net_gradient(self, value: Tensor) -> list[Tensor]:
         params = [p for p in self.weight_net.parameters() if p.requires_grad]
@@ -386,6 +417,12 @@ def _call(model: nn.Module, x: Any) -> Any:
 def _dual(value: Tensor, direction: Tensor) -> Tensor:
     dual: Tensor = forward_ad.make_dual(value, direction)  # type: ignore[no-untyped-call]
     return dual
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    is_required = closure is not None and closure.default is inspect.Parameter.empty
+    return isinstance(optimizer, SAM) or is_required
 
 
 def _default_meta_optimizer(params: Iterable[nn.Parameter]) -> Optimizer:

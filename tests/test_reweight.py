@@ -207,6 +207,37 @@ def test_a_step_is_meta_step_then_weighted_step(optimizer: str) -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", ["SAM", "LBFGS"])
+def test_optimizers_that_need_a_closure_get_the_weighted_loss(name: str) -> None:
+    (x, y), meta = batch(13, 1), batch(9, 2)
+
+    def make(model: nn.Module) -> Any:
+        if name == "SAM":
+            return pyoptim.SAM(model.parameters(), pyoptim.SGD, lr=0.1, rho=0.3)
+        return torch.optim.LBFGS(model.parameters(), lr=0.1)
+
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
+    plain = copy.deepcopy(model)
+    made = MetaReweighter(model, make(model))
+    done = made.step(x, y, *meta)
+    theirs = make(plain)
+
+    def closure() -> Tensor:
+        theirs.zero_grad()
+        value = done.weights @ F.cross_entropy(plain(x), y, reduction="none")
+        value.backward()
+        return value
+
+    theirs.step(closure)
+    for ours, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
+    assert made.use_closure
+    assert not reweighter(MODELS["tied"]).use_closure
+    if name == "SAM":  # the second pass leaves the running statistics
+        assert model[1].num_batches_tracked == 1
+
+
 def test_batch_norm_counts_one_batch_per_step_and_a_query_none() -> None:
     made = reweighter(convolutional)
     norm = made.model[2]  # type: ignore[index]
@@ -323,6 +354,8 @@ def test_a_step_that_raises_changes_nothing() -> None:
         ((x, y, meta_x[:, :5], meta_y), "."),
         ((x, y, meta_x[:5], meta_y), "."),
         ((x[:0], y[:0], meta_x, meta_y), "."),
+        ((x, y, meta_x * float("nan"), meta_y), "the meta loss is nan"),
+        ((x * float("inf"), y, meta_x, meta_y), "training losses are not finite"),
     ):
         with pytest.raises((ValueError, RuntimeError), match=message):
             made.step(*wrong)

@@ -11,6 +11,7 @@ from pyoptim.coreset.distance import nearest, nearest_reference, pairwise_sqdist
 from pyoptim.coreset.features import Features, extract_features
 from pyoptim.coreset.gradients import craig, facility_location, glister, gradmatch
 from pyoptim.coreset.greedy import herding, k_center_greedy
+from pyoptim.coreset.head import LinearHead
 from pyoptim.coreset.methods import METHODS, select
 from pyoptim.coreset.moderate import moderate, moderate_scores
 from pyoptim.coreset.scores import (
@@ -26,7 +27,11 @@ from pyoptim.coreset.scores import (
     uncertainty_scores,
 )
 from pyoptim.coreset.selection import Selection
-from pyoptim.coreset.sharded import nearest_sharded, select_sharded
+from pyoptim.coreset.sharded import (
+    broadcast_weights_sharded,
+    nearest_sharded,
+    select_sharded,
+)
 from pyoptim.coreset.training import Training, learn_weights, train_weighted
 
 __all__ = [
@@ -36,9 +41,11 @@ __all__ = [
     "CenterDistances",
     "Features",
     "ForgettingCounter",
+    "LinearHead",
     "Selection",
     "Training",
     "broadcast_weights",
+    "broadcast_weights_sharded",
     "by_score",
     "center_distances",
     "class_medians",

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
-from pyoptim.coreset.broadcast import broadcast_weights
+from pyoptim.coreset.broadcast import broadcast_weights, check_neighbors
+from pyoptim.coreset.head import LinearHead
 from pyoptim.coreset.methods import METHODS, select
 from pyoptim.coreset.selection import Selection, check_choice, check_labels, matrix
 from pyoptim.coreset.training import (
@@ -24,8 +25,10 @@ from pyoptim.coreset.training import (
     save_atomically,
     train_weighted,
 )
+from pyoptim.sgd import SGD
 
 SCALES = ("mean", "none")
+SOURCES = ("features", "data")
 
 
 class CWERMResult(NamedTuple):
@@ -49,23 +52,29 @@ class CWERM:
     """The four stages as one object; each can also be called by itself.
 
         selection = pipeline.select(features, labels)
-        coreset_weights = pipeline.reweight(data, labels, selection.indices, meta)
+        coreset_weights = pipeline.reweight(features, labels, selection.indices, meta)
         weights = pipeline.broadcast(features, labels, selection.indices, coreset_weights)
         model = pipeline.train(data, weights)
 
     Args:
         training: how the final network is trained on all samples.
-        reweighting: how the network of the reweighting stage is trained on the coreset; None is as
-            `training`, with as many epochs.
+        reweighting: how the network of the reweighting stage is trained on the coreset. None: with
+            reweight_on="features" a `LinearHead` for `HEAD_STEPS` steps, with "data" as `training`.
+        reweight_on: what that network sees, "features" or the "data". The paper takes the data; but
+            a network that can fit the coreset, wrong labels included, gives all its samples the
+            same loss, from which no weight can be told.
         fraction, budget: size of the coreset; without either, the paper's fraction of 0.01.
         method: a name in `METHODS`; "moderate" in the paper.
         method_options: further arguments of the method. The paper leaves open whether classes are
             balanced; here the default is {"scope": "class"}, so that every class has neighbours of
             its own.
             Random methods draw from the seed of `training`.
-        meta_options: arguments of `pyoptim.reweight.MetaReweighter`.
+        meta_options: arguments of `pyoptim.reweight.MetaReweighter`. With the default
+            `reweighting` of features, no meta step is made in the first third of the steps.
         readout: how weights are read at the end, as for `learn_weights`; open in the paper.
-        same_class: whether the neighbour must have the sample's label; open in the paper.
+        same_class: whether the neighbour must have the sample's label; open in the paper. Without
+            it, weights cannot tell a wrong label from a right one on the same image.
+        neighbors: of how many neighbours the weights are averaged; 1 in the paper.
         metric: of the nearest-neighbour search; open in the paper.
         scale: "mean": weights of all samples are divided by their mean, so that the learning rate
             keeps its meaning; "none": as learnt. Open in the paper.
@@ -83,6 +92,7 @@ class CWERM:
         training: Training,
         reweighting: Training | None = None,
         *,
+        reweight_on: str = "features",
         fraction: float | None = None,
         budget: int | None = None,
         method: str = "moderate",
@@ -90,6 +100,7 @@ class CWERM:
         meta_options: Mapping[str, Any] | None = None,
         readout: str = "average",
         same_class: bool = True,
+        neighbors: int = 1,
         metric: str = "sqeuclidean",
         scale: str = "mean",
         directory: str | Path | None = None,
@@ -97,13 +108,16 @@ class CWERM:
         check_choice("method", method, tuple(METHODS))
         check_choice("readout", readout, READOUTS)
         check_choice("scale", scale, SCALES)
-        self.training = training
-        self.reweighting = training if reweighting is None else reweighting
+        check_choice("reweight_on", reweight_on, SOURCES)
+        check_neighbors(neighbors)
+        self.training, self.reweighting = training, reweighting
+        self.reweight_on = reweight_on
         self.fraction = 0.01 if fraction is None and budget is None else fraction
         self.budget, self.method = budget, method
         self.method_options = {"scope": "class"} if method_options is None else dict(method_options)
         self.meta_options = dict(meta_options or {})
         self.readout, self.same_class, self.metric = readout, same_class, metric
+        self.neighbors = neighbors
         self.scale = scale
         self.directory = None if directory is None else Path(directory)
 
@@ -112,29 +126,61 @@ class CWERM:
     def select(self, features: Tensor, labels: Tensor) -> Selection:
         """Stage 1: the coreset. Features [n, ...], labels [n]."""
         options = {"fraction": self.fraction, "budget": self.budget, **self.method_options}
-        if "generator" in inspect.signature(METHODS[self.method]).parameters:
+        known = inspect.signature(METHODS[self.method]).parameters
+        if "generator" in known:
             options.setdefault("generator", torch.Generator().manual_seed(self.training.seed))
+        if "progress" in known:
+            options.setdefault("progress", self.training.progress)
         return select(features, labels, method=self.method, **options)
 
     def reweight(
         self,
-        data: Dataset[Any],
+        source: Tensor | Dataset[Any],
         labels: Tensor,
         indices: Tensor,
         meta: Dataset[Any] | None = None,
     ) -> Tensor:
-        """Stage 2: weights [k] of the coreset; arguments as for `learn_weights`."""
+        """Stage 2: weights [k] of the coreset.
+
+        Args:
+            source: with reweight_on="features" the features [n, ...], else the data of n samples.
+            labels: [n], integers.
+            indices: [k]; the coreset.
+            meta: trusted samples (x, y), with x as the source has it; see `learn_weights`.
+
+        Raises:
+            ValueError, TypeError: an argument is not as described.
+        """
+        training, options = self._reweighting(source, labels, len(indices))
+        if isinstance(source, Tensor):
+            _check_meta(meta, source)
+            source = TensorDataset(source, labels)
         weights, _ = learn_weights(
-            data,
+            source,
             labels,
-            self.reweighting,
+            training,
             indices=indices,
             meta=meta,
-            options=self.meta_options,
+            options=options,
             readout=self.readout,
             checkpoint=self._file("reweight-epoch"),
         )
         return weights
+
+    def _reweighting(
+        self, source: Tensor | Dataset[Any], labels: Tensor, k: int
+    ) -> tuple[Training, dict[str, Any]]:
+        """How the weights are learnt, and the options of the MetaReweighter."""
+        if isinstance(source, Tensor) != (self.reweight_on == "features"):
+            kind = {"features": "a tensor of features", "data": "a Dataset"}[self.reweight_on]
+            raise TypeError(
+                f"reweight_on={self.reweight_on!r} learns from {kind}, got {type(source).__name__}"
+            )
+        if self.reweighting is not None:
+            return self.reweighting, self.meta_options
+        if not isinstance(source, Tensor):
+            return self.training, self.meta_options
+        return head_training(source, labels, k, self.training, self.meta_options)
 
     def broadcast(
         self, features: Tensor, labels: Tensor, indices: Tensor, coreset_weights: Tensor
@@ -146,6 +192,7 @@ class CWERM:
             coreset_weights,
             labels=labels,
             same_class=self.same_class,
+            neighbors=self.neighbors,
             metric=self.metric,
         )
         if self.scale == "none":
@@ -178,7 +225,8 @@ class CWERM:
             data: n samples (x, y), by index; a TensorDataset is the fastest.
             features: [n, ...]; see `extract_features`.
             labels: [n], integers, the y of the data.
-            meta: trusted samples (x, y); None draws from the coreset, see `learn_weights`.
+            meta: trusted samples (x, y), where x are features like the others with
+                reweight_on="features", else data; None draws from the coreset, see `learn_weights`.
 
         Raises:
             ValueError: an argument is not as described; `directory` holds a run with other settings
@@ -189,10 +237,11 @@ class CWERM:
         if len(data) != n:  # type: ignore[arg-type]
             raise ValueError(f"data has {len(data)} samples, features {n}")  # type: ignore[arg-type]
         self._check_directory(features, labels)
+        source = features if self.reweight_on == "features" else data
         seconds: dict[str, float] = {}
         indices = self._stage("select", seconds, lambda: self.select(features, labels).indices)
         learnt = self._stage(
-            "reweight", seconds, lambda: self.reweight(data, labels, indices, meta)
+            "reweight", seconds, lambda: self.reweight(source, labels, indices, meta)
         )
         weights = self._stage(
             "broadcast", seconds, lambda: self.broadcast(features, labels, indices, learnt)
@@ -253,12 +302,65 @@ class CWERM:
                 )
 
     def _settings(self, features: Tensor, labels: Tensor) -> dict[str, Any]:
-        names = ("fraction", "budget", "method", "readout", "same_class", "metric", "scale")
+        names = ["fraction", "budget", "method", "reweight_on", "readout"]
+        names += ["same_class", "neighbors", "metric", "scale"]
         settings: dict[str, Any] = {name: repr(getattr(self, name)) for name in names}
         for name in ("method_options", "meta_options"):
             settings[name] = plain(getattr(self, name))
         settings["training"] = repr(self.training.numbers())
-        settings["reweighting"] = repr(self.reweighting.numbers())
+        settings["reweighting"] = repr(self.reweighting and self.reweighting.numbers())
         settings["features"] = [*features.shape, float(features.double().sum())]
         settings["labels"] = int((labels.cpu().long() * torch.arange(1, len(labels) + 1)).sum())
         return settings
+
+
+# -- the linear head -------------------------------------------------------------------------------
+
+# Of the stage that learns weights on features; Fashion-MNIST with 40 % wrong labels, validation
+# data, 2026-11. Components: a coreset of 600 gave 16 the weights that tell wrong labels best (area
+# under the curve 0.95; 0.93 for 32, 0.90 for 64), one of 120 gave 6 (0.93) more than 12 (0.91).
+HEAD_STEPS, HEAD_LR, HEAD_WARMUP = 1000, 0.1, 1 / 3
+SAMPLES_PER_DIM, FEWEST_DIMS = 40, 6
+
+
+def head_training(
+    features: Tensor, labels: Tensor, k: int, like: Training, options: Mapping[str, Any]
+) -> tuple[Training, dict[str, Any]]:
+    """How a `LinearHead` learns the weights of k samples, and the options of its MetaReweighter.
+
+    Args:
+        features: [n, ...].
+        labels: [n], integers, at least 0.
+        k: size of the coreset.
+        like: its batch size, seed and progress are taken over.
+        options: they replace those that are made here.
+    """
+    classes = int(labels.max()) + 1
+    check_labels("labels", labels, len(features), classes)
+    dims = max(FEWEST_DIMS, k // SAMPLES_PER_DIM)
+    batches = -(-k // like.batch_size)
+    training = Training(
+        # No weight decay: it keeps the fit from converging, and before that large losses gain
+        # weight, and wrong labels with them.
+        lambda: LinearHead.of(features, classes, dims, like.seed),
+        lambda params: SGD(params, lr=HEAD_LR, momentum=0.9),
+        epochs=max(2, -(-HEAD_STEPS // batches)),
+        batch_size=like.batch_size,
+        seed=like.seed,
+        progress=like.progress,
+    )
+    warmup = round(HEAD_WARMUP * training.epochs * batches)
+    return training, {"warmup": warmup, **options}
+
+
+def _check_meta(meta: Dataset[Any] | None, features: Tensor) -> None:
+    """Raises ValueError unless the trusted samples are features too."""
+    if meta is None or len(meta) == 0:  # type: ignore[arg-type]
+        return
+    x = torch.as_tensor(meta[0][0])
+    if x.shape != features.shape[1:]:
+        raise ValueError(
+            f"meta gives inputs of shape {tuple(x.shape)}, but the features have "
+            f"{tuple(features.shape[1:])} each; give TensorDataset(features of the trusted "
+            'samples, their labels), or use reweight_on="data"'
+        )

@@ -38,14 +38,15 @@ def track(
 
 def _lines(items: Iterable[T], title: str, total: int | None) -> Iterator[T]:
     start = last = time.monotonic()
-    done = 0
+    done, shown = 0, -1
     for done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
         if now - last >= INTERVAL:
-            last = now
+            last, shown = now, done
             _write(title, done, total, now - start)
-    _write(title, done, total, time.monotonic() - start)
+    if shown != done:
+        _write(title, done, total, time.monotonic() - start)
 
 
 def _write(title: str, done: int, total: int | None, seconds: float) -> None:

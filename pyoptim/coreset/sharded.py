@@ -1,4 +1,4 @@
-"""Selections and searches over features that the processes of torch.distributed share."""
+"""Search, selection and broadcast over rows spread over the processes of torch.distributed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
+from pyoptim.coreset.broadcast import (
+    average_of_nearest,
+    check_covered,
+    check_neighbors,
+    checked_coreset,
+)
 from pyoptim.coreset.centers import CenterDistances, center_distances, class_medians
 from pyoptim.coreset.distance import nearest
 from pyoptim.coreset.greedy import pick_farthest
@@ -68,6 +74,7 @@ def select_sharded(
     if not isinstance(data, Tensor):
         raise TypeError(f"data must be a tensor, got {type(data).__name__}")
     shards = _Shards(group, data.device)
+    shards.agree("method and labels", (method, labels is not None))
     x = shards.checked(lambda: _local(method, data, labels, options))
     all_labels = None if labels is None else shards.gather(labels.to(data.device))
     if "generator" in inspect.signature(METHODS[method]).parameters:
@@ -179,7 +186,7 @@ class _ShardedDistances:
         return self.starts[best] + int(of_ranks[best, 1]), float(of_ranks[best, 0])
 
 
-# -- nearest rows ----------------------------------------------------------------------------------
+# -- search and broadcast --------------------------------------------------------------------------
 
 
 def nearest_sharded(
@@ -213,13 +220,14 @@ def nearest_sharded(
         RuntimeError: torch.distributed is not initialized.
     """
     shards = _Shards(group, y.device)
+    shards.agree("k and whether there is same_class", (k, same_class is not None))
     own = shards.checked(lambda: check_matrix(as_tensor(y, "y"), "y"))
-    parts: Iterator[Tensor]
+    parts: Iterator[Tensor] = iter(())
     if same_class is not None:
-        wanted, labels = same_class
-        same_class = wanted, shards.gather(labels.to(own.device))
+        pair = same_class
+        of_y = shards.checked(lambda: _labels_of(pair, len(y)))
+        same_class = pair[0], shards.gather(of_y.to(own.device))
         own = shards.gather(own)
-        parts = iter(())
     else:
         parts = shards.broadcast_each(own)
     indices = torch.empty(0)
@@ -237,6 +245,71 @@ def nearest_sharded(
         return distances
 
     return shards.checked(search), indices
+
+
+def _labels_of(same_class: tuple[Tensor, Tensor], m: int) -> Tensor:
+    if isinstance(same_class, Tensor) or len(same_class) != 2:
+        raise TypeError("same_class must be a pair: labels of the rows of x, labels of those of y")
+    check_labels("same_class: labels of y", same_class[1], m)
+    return same_class[1].long()
+
+
+def broadcast_weights_sharded(
+    features: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    *,
+    labels: Tensor | None = None,
+    same_class: bool = False,
+    neighbors: int = 1,
+    group: ProcessGroup | None = None,
+    **options: Any,
+) -> Tensor:
+    """`broadcast_weights` for the samples of this process, from a coreset of all processes'.
+
+    Args:
+        features: [n of this process, ...]; at least one row in each process.
+        indices: [k], integers; numbers among the samples of all processes, as from
+            `select_sharded`; the same on every process, as are the weights.
+        weights: [k].
+        labels: [n of this process], integers; needed for same_class.
+        same_class, neighbors, options: as for `broadcast_weights`.
+        group: the processes; None is the default group.
+
+    Returns: [n of this process].
+
+    What travels: the rows of the coreset, to every process.
+
+    Raises:
+        ValueError: an argument is not as described, on any process: all of them raise.
+    """
+    shards = _Shards(group, features.device)
+    shards.agree("same_class and the coreset", (same_class, len(indices)))
+    x = shards.checked(lambda: _local("broadcast", features, labels, {}))
+    start, n = shards.start(len(x)), sum(shards.sizes(len(x)))
+    chosen = shards.checked(lambda: checked_coreset(indices, weights, n)[0]).to(x.device)
+    is_own = (chosen >= start) & (chosen < start + len(x))
+    own = chosen[is_own] - start
+    order = shards.gather(is_own.nonzero().squeeze(1)).argsort()  # of ranks to that of `indices`
+    coreset = shards.gather(x[own])[order]
+    classes: tuple[Tensor, Tensor] | None = None
+    if same_class:
+        of_own = shards.checked(lambda: _labels_of_all(labels, x.device))
+        classes = (of_own, shards.gather(of_own[own])[order])
+
+    def average() -> Tensor:
+        check_neighbors(neighbors)
+        if classes is not None:
+            check_covered(*classes)
+        return average_of_nearest(x, coreset, weights, classes, neighbors, **options)
+
+    return shards.checked(average)
+
+
+def _labels_of_all(labels: Tensor | None, device: torch.device) -> Tensor:
+    if labels is None:
+        raise ValueError("same_class=True needs labels")
+    return labels.to(device, torch.int64)
 
 
 # -- processes -------------------------------------------------------------------------------------
@@ -275,6 +348,17 @@ class _Shards:
                 )
         assert result is not None
         return result
+
+    def agree(self, what: str, value: Any) -> None:
+        """Raises ValueError in all processes unless they have the same value."""
+        values: list[Any] = [None] * self.world
+        distributed.all_gather_object(values, value, group=self.group)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise ValueError(
+                    f"{what}: process 0 has {values[0]!r}, but process {rank} has {other!r}; "
+                    "all processes must be called alike"
+                )
 
     def sizes(self, n: int) -> list[int]:
         own = torch.tensor([n], device=self.device)

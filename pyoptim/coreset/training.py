@@ -305,7 +305,7 @@ class _Run:
 
     def epochs(self, title: str) -> Iterator[int]:
         left = range(self.done, self.training.epochs)
-        for epoch in track(left, title, self.training.progress):
+        for epoch in track(left, title, self.training.progress and len(left) > 0):
             yield epoch
             self.scheduler.step()
             self.done = epoch + 1

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import pyoptim
 from pyoptim import coreset
-from pyoptim.coreset import CWERM, Training, broadcast_weights, extract_features
+from pyoptim.coreset import CWERM, Training, broadcast_weights, cwerm, extract_features
 from pyoptim.coreset import training as module
 
 
@@ -147,26 +147,35 @@ def test_progress_is_tqdm_where_it_is_installed(monkeypatch: pytest.MonkeyPatch)
 # -- broadcast -------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 30), st.integers(1, 4), st.integers(0, 99), st.booleans(), st.data())
-def test_broadcast_gives_the_weight_of_the_nearest(
-    n: int, d: int, seed: int, same_class: bool, given_data: Any
+@given(
+    st.integers(1, 30),
+    st.integers(1, 4),
+    st.integers(0, 99),
+    st.booleans(),
+    st.integers(1, 5),
+    st.data(),
+)
+def test_broadcast_gives_the_mean_weight_of_the_nearest(
+    n: int, d: int, seed: int, same_class: bool, neighbors: int, given_data: Any
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randint(-3, 4, (n, d), generator=generator).double()  # ties happen
-    labels = torch.randint(2, (n,), generator=generator)
+    labels = 7 * torch.randint(3, (n,), generator=generator) - 5
     indices = given_data.draw(st.permutations(range(n)))[: given_data.draw(st.integers(1, n))]
     covered = set(labels[indices].tolist()) == set(labels.tolist())
     weights = torch.rand(len(indices), generator=generator)
     at = torch.tensor(indices)
+    options = {"labels": labels, "same_class": same_class, "neighbors": neighbors}
     if same_class and not covered:
         with pytest.raises(ValueError, match="the coreset has no sample of label"):
-            broadcast_weights(x, at, weights, labels=labels, same_class=True)
+            broadcast_weights(x, at, weights, **options)
         return
-    found = broadcast_weights(x, at, weights, labels=labels, same_class=same_class)
+    found = broadcast_weights(x, at, weights, **options)
     for i in range(n):
         allowed = [j for j, c in enumerate(indices) if not same_class or labels[c] == labels[i]]
-        best = min(allowed, key=lambda j: float((x[i] - x[indices[j]]).square().sum()))
-        assert found[i] == weights[best]
+        allowed.sort(key=lambda j: float((x[i] - x[indices[j]]).square().sum()))
+        expected = float(weights[allowed[:neighbors]].double().mean())
+        assert float(found[i]) == pytest.approx(expected, rel=3e-7)  # five roundings
     assert found.dtype == weights.dtype
 
 
@@ -182,6 +191,7 @@ def test_broadcast_names_what_is_wrong() -> None:
         ({"same_class": True, "labels": None}, "same_class=True needs labels"),
         ({"same_class": True}, "no sample of label 2"),
         ({"features": x / 0}, "features holds NaN or inf"),
+        ({"neighbors": 0}, "neighbors must be an int of at least 1, got 0"),
     ):
         given = {"features": x, "indices": at, "weights": weights, "labels": labels, **options}
         with pytest.raises(ValueError, match=message):
@@ -327,15 +337,15 @@ def pipeline(directory: Path | None, at: int | None = None, **options: Any) -> C
 def test_a_run_is_its_four_stages() -> None:
     x, y = data()
     source = TensorDataset(x, y)
-    whole = pipeline(None).fit(source, x, y, meta=source)
-    steps = pipeline(None)
+    whole = pipeline(None, neighbors=2).fit(source, x, y, meta=source)
+    steps = pipeline(None, neighbors=2)
     selection = steps.select(x, y)
     assert selection.indices.tolist() == (
         coreset.moderate(x, y, budget=9, scope="class").indices.tolist()
     )
-    learnt = steps.reweight(source, y, selection.indices, source)
+    learnt = steps.reweight(x, y, selection.indices, source)
     weights = steps.broadcast(x, y, selection.indices, learnt)
-    raw = broadcast_weights(x, selection.indices, learnt, labels=y, same_class=True)
+    raw = broadcast_weights(x, selection.indices, learnt, labels=y, same_class=True, neighbors=2)
     torch.testing.assert_close(weights, raw / raw.mean())
     assert weights.mean() == pytest.approx(1.0)
     model = steps.train(source, weights)
@@ -343,7 +353,79 @@ def test_a_run_is_its_four_stages() -> None:
     assert torch.equal(weights, whole.weights)
     assert whole.selection.weights is not None
     assert torch.equal(learnt, whole.selection.weights)
+    on_data = pipeline(None, reweight_on="data").reweight(source, y, selection.indices, source)
+    assert torch.equal(learnt, on_data)  # here features and data are the same
     assert set(whole.seconds) == {"select", "reweight", "broadcast", "train"}
+
+
+def blobs(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % 3
+    return 3 * F.one_hot(y, 4).float() + 0.6 * torch.randn(n, 4, generator=generator), y
+
+
+def test_the_default_head_learns_low_weights_for_wrong_labels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Scale and offset of the features do not matter to it; its network sees no data."""
+    monkeypatch.setattr(cwerm, "HEAD_STEPS", 400)
+    x, true = blobs(400, 0)
+    is_wrong = torch.rand(400, generator=torch.Generator().manual_seed(1)) < 0.4
+    y = torch.where(is_wrong, (true + 1) % 3, true)
+    meta_x, meta_y = blobs(60, 2)
+    made = CWERM(plan(batch_size=100), fraction=0.5, method="random", neighbors=3)
+    scaled, meta = 1000 * x + 7, TensorDataset(1000 * meta_x + 7, meta_y)
+    chosen = made.select(scaled, y).indices
+    learnt = made.reweight(scaled, y, chosen, meta)
+    wrong = is_wrong[chosen]
+    assert learnt[wrong].mean() < 0.5 * learnt[~wrong].mean()
+    weights = made.broadcast(scaled, y, chosen, learnt)
+    assert weights[is_wrong].mean() < 0.5 * weights[~is_wrong].mean()
+
+
+def test_the_head_is_principal_components_and_a_linear_layer() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 7, generator=generator, dtype=torch.float64) @ torch.diag(
+        torch.tensor([9.0, 7, 5, 3, 1, 0.1, 0], dtype=torch.float64)
+    )
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    head = coreset.LinearHead.of(x + 4, classes=3, dims=4)
+    assert torch.equal(torch.rand(3), expected)  # the caller's random numbers go on
+    values, vectors = torch.linalg.eigh(torch.cov((x + 4).T, correction=0))
+    largest = vectors[:, -4:].flip(1) / values[-4:].flip(0).sqrt()
+    signs = (head.components.double() * largest).sum(0).sign()
+    torch.testing.assert_close(head.components.double() * signs, largest, rtol=1e-4, atol=1e-5)
+    whitened = ((x + 4).float() - head.mean) @ head.components
+    torch.testing.assert_close(whitened.T.cov(correction=0), torch.eye(4), rtol=1e-4, atol=1e-4)
+    logits = head((x + 4).view(300, 1, 7))
+    torch.testing.assert_close(logits, head.linear(whitened))
+    assert coreset.LinearHead.of(x, classes=3, dims=50).components.shape == (7, 6)  # one is 0
+    assert coreset.LinearHead.of(torch.ones(5, 3), 2, 2)(torch.ones(5, 3)).isfinite().all()
+    assert coreset.LinearHead.of(x[:1], 2, 2)(x).isfinite().all()
+    with pytest.raises(ValueError, match="dims must be an int of at least 1, got 0"):
+        coreset.LinearHead.of(x, 3, 0)
+
+
+def test_an_interrupted_head_ends_as_if_it_had_not_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cwerm, "HEAD_STEPS", 20)
+    x, y = data()
+
+    def fit(directory: Path | None, at: int | None = None) -> Any:
+        made = CWERM(plan(make_model=Counting(at)), budget=9, directory=directory)
+        return made.fit(TensorDataset(x, y), x, y, meta=TensorDataset(x, y))
+
+    expected = fit(None)
+    with monkeypatch.context() as patch:
+        patch.setattr(coreset.LinearHead, "forward", lambda *_: Counting(0).count())
+        with pytest.raises(Interrupted):
+            fit(tmp_path)
+    with pytest.raises(Interrupted):
+        fit(tmp_path, 3)
+    assert torch.equal(state(fit(tmp_path).model), state(expected.model))
 
 
 @pytest.mark.parametrize("at", [1, 5, 14])
@@ -390,6 +472,8 @@ def test_the_pipeline_names_what_is_wrong() -> None:
         ({"method": "best"}, "method must be one of"),
         ({"readout": "first"}, "readout must be one of 'average', 'last'"),
         ({"scale": "sum"}, "scale must be one of"),
+        ({"reweight_on": "labels"}, "reweight_on must be one of 'features', 'data'"),
+        ({"neighbors": 0}, "neighbors must be an int of at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             pipeline(None, **options)
@@ -402,7 +486,15 @@ def test_the_pipeline_names_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="all learnt weights are 0"):
         pipeline(None).broadcast(x, y, torch.arange(9), torch.zeros(9))
     with pytest.raises(ValueError, match="meta is empty"):
-        pipeline(None).reweight(source, y, torch.arange(9), TensorDataset(x[:0], y[:0]))
+        pipeline(None).reweight(x, y, torch.arange(9), TensorDataset(x[:0], y[:0]))
+    with pytest.raises(ValueError, match=r"inputs of shape \(2, 2\), but the features have \(4,\)"):
+        pipeline(None).fit(source, x, y, TensorDataset(x.view(-1, 2, 2), y))
+    with pytest.raises(TypeError, match="learns from a tensor of features, got TensorDataset"):
+        pipeline(None).reweight(source, y, torch.arange(9))
+    with pytest.raises(TypeError, match="learns from a Dataset, got Tensor"):
+        pipeline(None, reweight_on="data").reweight(x, y, torch.arange(9))
+    with pytest.raises(ValueError, match=r"labels must be in 0\.\.1"):
+        CWERM(plan()).reweight(x, y - 1, torch.arange(9))
 
 
 def test_weights_of_mislabelled_samples_fall() -> None:

@@ -1,4 +1,4 @@
-"""Selections and searches over rows that two processes share, against one process with all."""
+"""Search, selection and broadcast over rows that two processes share, against one with all."""
 
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,8 @@ def run_rank(rank: int, folder: str) -> None:
         given, named = arguments(method, options, rows)
         found.append(tuple(coreset.select_sharded(*given, **named)))
     found.append(tuple(coreset.select_sharded(data()[0][rows], method="random", budget=7)))
-    for wrong in (errors_of_one, errors_of_shapes, errors_of_all):
+    torch.save([run(rank, rows) for run in SEARCHES.values()], f"{folder}/search-{rank}.pt")
+    for wrong in (errors_of_one, errors_of_shapes, errors_of_all, *ERRORS):
         try:
             wrong(rank, rows)
         except ValueError as error:
@@ -136,6 +137,66 @@ def errors_of_shapes(rank: int, rows: slice) -> None:
 def errors_of_all(rank: int, rows: slice) -> None:
     x, labels, _ = data()
     coreset.select_sharded(x[rows], labels[rows], budget=N + 1)
+
+
+# -- search and broadcast --------------------------------------------------------------------------
+
+
+def near(rank: int | None, rows: slice, is_empty: bool = False, **options: Any) -> Tensor:
+    """[n, 2k]: distances and indices; of one process with all rows for rank=None."""
+    x, labels, _ = data()
+    y = torch.cat([x[5:20], x[38:47], -x[:9]])  # repeated rows on both sides of a cut
+    of_y = torch.cat([labels[5:20], labels[38:47], labels[:9]])
+    cut = 0 if is_empty else 20
+    own = slice(None) if rank is None else slice(0, cut) if rank == 0 else slice(cut, None)
+    if options.pop("is_by_class", False):
+        options["same_class"] = (labels[rows], of_y[own])
+    search = coreset.nearest if rank is None else coreset.nearest_sharded
+    distances, indices = search(x[rows], y[own], **options)
+    return torch.cat([t.double().reshape(len(t), -1) for t in (distances, indices)], 1)
+
+
+def spread(rank: int | None, rows: slice, **options: Any) -> Tensor:
+    """[n, 1]: broadcast weights."""
+    x, labels, _ = data()
+    indices = torch.tensor([60, 2, 41, 3, 17, 23, 22, 9, 55, 0])
+    weights = torch.rand(10, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    run = coreset.broadcast_weights if rank is None else coreset.broadcast_weights_sharded
+    return run(x[rows], indices, weights, labels=labels[rows], **options)[:, None]
+
+
+SEARCHES: dict[str, Any] = {
+    "k=1": near,
+    "k=4": lambda rank, rows: near(rank, rows, k=4, metric="cosine"),
+    "same_class": lambda rank, rows: near(rank, rows, k=2, is_by_class=True),
+    "no rows in a process": lambda rank, rows: near(rank, rows, k=3, is_empty=True),
+    "broadcast": spread,
+    "broadcast, same_class": lambda rank, rows: spread(rank, rows, same_class=True, neighbors=3),
+}
+
+
+def errors_of_search(rank: int, rows: slice) -> None:
+    x = data()[0]
+    x[50] = float("nan")  # a row of process 1
+    coreset.nearest_sharded(x[rows], x[:5])
+
+
+def errors_of_arguments(rank: int, rows: slice) -> None:
+    coreset.nearest_sharded(data()[0][rows], data()[0][:5], k=1 + rank)
+
+
+def errors_of_classes(rank: int, rows: slice) -> None:
+    x, labels, _ = data()
+    weights = torch.ones(2)
+    at = (labels != labels[0]).nonzero().squeeze(1)[:2]
+    coreset.broadcast_weights_sharded(x[rows], at, weights, labels=labels[rows], same_class=True)
+
+
+def errors_of_indices(rank: int, rows: slice) -> None:
+    coreset.broadcast_weights_sharded(data()[0][rows], torch.tensor([N]), torch.ones(1))
+
+
+ERRORS = (errors_of_search, errors_of_arguments, errors_of_classes, errors_of_indices)
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +232,13 @@ def test_a_search_that_fails_in_one_process_raises_in_all(folder: Path) -> None:
         assert "((5,)" in widths
 
 
+@pytest.mark.parametrize("number", range(len(SEARCHES)), ids=list(SEARCHES))
+def test_two_processes_find_what_one_does(number: int, folder: Path) -> None:
+    expected = list(SEARCHES.values())[number](None, slice(0, N))
+    parts = [torch.load(folder / f"search-{rank}.pt")[number] for rank in range(2)]
+    assert torch.equal(torch.cat(parts), expected)
+
+
 @pytest.mark.parametrize("number", range(len(calls())), ids=[name for name, _ in calls()])
 def test_two_processes_select_what_one_does(number: int, results: list[list[Any]]) -> None:
     given, named = arguments(*calls()[number], slice(0, N))
@@ -191,11 +259,15 @@ def test_processes_without_a_generator_draw_the_same(results: list[list[Any]]) -
 
 def test_an_error_of_one_process_is_raised_in_all(results: list[list[Any]]) -> None:
     for result in results:
-        alone, shapes, everywhere = result[len(calls()) + 1 :]
+        alone, shapes, everywhere, search, arguments, classes, indices = result[len(calls()) + 1 :]
         assert alone.startswith("process 1: features holds NaN or inf, first in row 27")
         assert "rows of (shape, dtype) ((4,)" in shapes
         assert "((5,)" in shapes
         assert everywhere == f"budget must be between 1 and the {N} samples, got {N + 1}"
+        assert search.startswith("process 1: x[27] holds a NaN")
+        assert "process 0 has (1, False), but process 1 has (2, False)" in arguments
+        assert "the coreset has no sample of label" in classes
+        assert indices.endswith(f"indices must be in 0..{N - 1}, got [{N}]")
 
 
 def test_without_process_group_the_error_says_what_to_do() -> None:
