@@ -8,6 +8,7 @@ from pyoptim.adamp import AdamP
 from pyoptim.amp import GradScaler
 from pyoptim.backend import BackendError, use_backend
 from pyoptim.expectigrad import Expectigrad
+from pyoptim.line_search import SLS, AdaSLS, SaLSa
 from pyoptim.norms import clip_grad_norm_, row_sums, tensor_norms, total_norm
 from pyoptim.rmsprop import RMSprop
 from pyoptim.sam import SAM, frozen_batch_norm
@@ -18,6 +19,8 @@ __all__ = [
     "SAM",
     "SGD",
     "SGDP",
+    "SLS",
+    "AdaSLS",
     "Adagrad",
     "Adam",
     "AdamP",
@@ -26,6 +29,7 @@ __all__ = [
     "Expectigrad",
     "GradScaler",
     "RMSprop",
+    "SaLSa",
     "__version__",
     "clip_grad_norm_",
     "coreset",
