@@ -1,9 +1,12 @@
 # Every target sets itself up: `make demo` and `make test` need Python >= 3.11, a C++ compiler and make.
 #   PYTHON=python3.12   the Python that the virtual environment is made from
 #   TORCH=2.13.0        the torch that is installed into it
+#   JOBS=2              processes that run the tests
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
+# More would compile more GPU kernels at once than memory holds on a large machine.
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN | awk '{print ($$1 < 4) ? $$1 : 4}')
 
 venv := .venv
 python := $(venv)/bin/python
@@ -31,7 +34,7 @@ demo: $(venv)/.installed
 	@$(python) -m pyoptim demo $(ARGS)
 
 test: $(venv)/.installed
-	@$(python) -m pytest -q $(ARGS)
+	@$(python) -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
 
 bench: $(venv)/.installed
 	@$(python) -m pyoptim bench $(ARGS)

@@ -32,6 +32,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Of several workers none is to be left alone with a long test at the end.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if NATIVE is not None:
         return
     skip = pytest.mark.skip(reason=f"pyoptim._C is missing: {backend.status()['cpu']}")

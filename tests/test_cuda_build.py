@@ -360,6 +360,7 @@ def test_every_architecture_has_machine_code_and_the_newest_ptx(
     assert listed_archs(library) == (archs, archs[-1:])
 
 
+@pytest.mark.slow
 def test_every_rule_variant_and_set_of_dtypes_has_a_kernel(library: Path, archs: list[str]) -> None:
     pairs = [(p, p) for p in ITEM_SIZES] + [("Bf16", "float"), ("F16", "float")]
     wanted = {

@@ -45,6 +45,7 @@ def python(code: str, **environment: str) -> str:
 STATUS = "import pyoptim.kernels as k; print(k.triton_status())"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_the_kernels_pass_their_own_tests(run: str, tmp_path: Path) -> None:
     arguments, environment, at_least = RUNS[run]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from pyoptim.demo import DemoError
@@ -37,6 +38,9 @@ def parser() -> argparse.ArgumentParser:
         default=Path("study.json"),
         help="results; plots are written beside it (default study.json)",
     )
+    result.add_argument(
+        "--again", action="store_true", help="run what is chosen also where its rows are there"
+    )
     result.add_argument("--report", action="store_true", help="run nothing: tables and plots only")
     result.add_argument(
         "--write", type=Path, metavar="MD", help="put the tables between the markers of a file"
@@ -58,15 +62,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not options.report:
             chosen = (options.tasks, options.optimizers, options.schedules)
-            study(*chosen, options.seeds, options.data, results, options.workers)
-    except (folder.FolderError, SettingsError, DemoError, OSError) as error:
+            study(*chosen, options.seeds, options.data, results, options.workers, options.again)
+        _show(results, options.write)
+    except (folder.FolderError, SettingsError, DemoError, ValueError, OSError) as error:
         print(f"study: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _show(results: Results, document: Path | None) -> None:
+    """Raises: ValueError where `document` lacks the markers."""
     tables = report.report(results.sections)
     print(f"\n{tables}\n")
-    if options.write:
-        text = options.write.read_text(encoding="utf-8")
-        options.write.write_text(replace_section(text, tables), encoding="utf-8")
-    for path in report.draw(results.sections, options.out.with_suffix("")):
+    if document:
+        text = document.read_text(encoding="utf-8")
+        document.write_text(replace_section(text, tables), encoding="utf-8")
+    if find_spec("matplotlib") is None:
+        print("no plots: they need matplotlib; pip install matplotlib")
+        return
+    for path in report.draw(results.sections, results.path.with_suffix("")):
         print(f"plot: {path}")
-    return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,10 @@ def _conll_sentences(path: Path) -> list[Sentence]:
 def ham10000(folder: Path) -> Data:
     """10,015 images of seven kinds of lesion; all images of one lesion are in one part.
 
-    Raises: FolderError naming a file that is missing; ImportError without Pillow.
+    Raises: FolderError naming a file that is missing, and without Pillow.
     """
+    if find_spec("PIL") is None:
+        raise FolderError("the images need Pillow: pip install pillow")
     root = folder / "ham10000"
     rows = _rows(root / "HAM10000_metadata.csv", ("lesion_id", "image_id", "dx"))
     paths = {path.stem: path for path in root.rglob("*.jpg")}

@@ -120,7 +120,7 @@ def _figure(sections: Sections, task: str, path: Path) -> Path:
     columns = min(3, len(found))
     rows = -(-len(found) // columns)
     figure = Figure(figsize=(3.6 * columns, 2.9 * rows + 0.6), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes, (optimizer, by_schedule) in zip(panels.flat, found.items(), strict=False):
         _panel(axes, optimizer, by_schedule)
     for axes in panels.flat[len(found) :]:
@@ -129,7 +129,6 @@ def _figure(sections: Sections, task: str, path: Path) -> Path:
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     figure.suptitle(f"{TASKS[task].title}, {sections['settings'][task]['data']}")
     figure.supylabel(f"{TASKS[task].metric_name}, validation part")
-    figure.supxlabel("epoch")
     figure.savefig(path, dpi=100)
     return path
 
@@ -143,5 +142,6 @@ def _panel(axes: Axes, optimizer: str, by_schedule: Mapping[str, Sequence[Row]])
         axes.fill_between(epochs, [*map(min, points)], [*map(max, points)], color=color, alpha=0.15)
         axes.plot(epochs, [*map(statistics.mean, points)], color=color, label=schedule)
     axes.set_title(f"{optimizer}, its own rate" if [*by_schedule] == [NONE] else optimizer)
+    axes.set_xlabel("epoch")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -35,8 +35,12 @@ def study(
     root: Path | None,
     results: Results,
     workers: int,
+    again: bool = False,
 ) -> None:
     """Adds the missing rows: learning rates first, then trainings, a whole seed after the other.
+
+    Args:
+        again: trainings that are there are run too, and replaced as each is done; rates stay.
 
     Raises: SettingsError before anything is run; what the loading of data raises.
     """
@@ -51,10 +55,11 @@ def study(
         for schedule in schedules_of(optimizer, schedules)
     ]
     done = results.sections.get("runs", {})
-    missing = [job for job in jobs if job.key not in done]
+    missing = [job for job in jobs if again or job.key not in done]
     print(f"{len(jobs) - len(missing)} of {len(jobs)} trainings are there", flush=True)
     progress = Progress(len(missing))
     for i, row in _map(workers, run, [(job,) for job in missing]):
+        results.sections.get("runs", {}).pop(missing[i].key, None)
         results.once("runs", missing[i].key, lambda row=row: row)
         score = f"{TASKS[missing[i].task].metric_name} {row['test']}"
         progress.tell(f"{score}, {row['seconds']} s")

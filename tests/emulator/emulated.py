@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +61,11 @@ def build() -> Path:
         RuntimeError: there is no compiler, or it refuses the sources.
     """
     FOLDER.mkdir(parents=True, exist_ok=True)
+    with FileLock(FOLDER / "lock"):  # tests run in several processes
+        return _build()
+
+
+def _build() -> Path:
     sources = ROOT / "csrc"
     headers = [path for name in HEADERS for path in (sources / name).glob("*.hpp")]
     newest = max(path.stat().st_mtime for path in (*headers, Path(__file__)))
