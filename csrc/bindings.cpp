@@ -168,11 +168,23 @@ PYBIND11_MODULE(_C, m) {
            py::arg("inv_scale"),
            py::arg("clip"),
            py::arg("devices"),
-           py::arg("sources") = py::none())
+           py::arg("sources") = py::none(),
+           py::arg("grads") = py::none(),
+           py::arg("saved") = py::none(),
+           py::arg("sum") = py::none())
       .def_property_readonly("is_on_gpu", &Plan::is_on_gpu)
       .def_property_readonly("devices", &Plan::devices);
 
-  m.def("run_rows", &run_rows);
+  m.def("run_rows",
+        &run_rows,
+        py::arg("rule"),
+        py::arg("param_groups"),
+        py::arg("rows"),
+        py::arg("inv_scale"),
+        py::arg("clip"),
+        py::arg("devices"),
+        py::arg("memory"),
+        py::arg("sum") = py::none());
   m.def("rules", [] {
     std::vector<std::string> names;
 #define PYOPTIM_NAME(R) names.push_back(R<float>::kName);

@@ -45,6 +45,8 @@ class FusedOptimizer(Optimizer):
     found_inf: Tensor | None = None
     # What SAM sets for one step: a copy of each parameter that is read in its place, or None.
     _sources: list[Tensor | None] | None = None
+    # What a line search sets: gradients in the place of the parameters' own, or None.
+    _grads: list[Tensor | None] | None = None
     _plan: Any = None
     _plan_epoch: int = -1
 
@@ -95,6 +97,10 @@ class FusedOptimizer(Optimizer):
             first: whether the momentum buffer is new.
         """
         raise NotImplementedError
+
+    def _master_of(self, entry: Mapping[str, Any]) -> Tensor | None:
+        """The float32 copy of a half-precision parameter in its state, which steps start from."""
+        return None
 
     def _new_state(self, name: str, param: Tensor) -> Tensor:
         return torch.zeros_like(
@@ -216,13 +222,15 @@ class FusedOptimizer(Optimizer):
         return self.step(closure)
 
     def _is_observed(self) -> bool:
-        is_observed = (
+        # A subclass's own step(), which then calls this one, has been wrapped by torch.
+        return self._has_observers() and type(self).step is FusedOptimizer.step
+
+    def _has_observers(self) -> bool:
+        return bool(
             self._has_hooks()
             or profiler._is_profiler_enabled
             or torch._C._autograd._profiler_enabled()
         )
-        # A subclass's own step(), which then calls this one, has been wrapped by torch.
-        return bool(is_observed) and type(self).step is FusedOptimizer.step
 
     def _unobserved_step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None

@@ -44,14 +44,14 @@ def general_step(optimizer: FusedOptimizer) -> None:
         raise RuntimeError("step() of this optimizer is already running in another thread")
     optimizer._plan = None
     try:
-        with _threads_that_exist():
+        with threads_that_exist():
             optimizer._plan = _step_rows(optimizer)
     finally:
         del optimizer.__dict__["_stepping"]
 
 
 @contextmanager
-def _threads_that_exist() -> Iterator[None]:
+def threads_that_exist() -> Iterator[None]:
     """In a forked child torch's operators would wait for ever for threads of the parent."""
     if os.getpid() == _IMPORTED_IN:
         yield
@@ -83,7 +83,7 @@ def _step_rows(optimizer: FusedOptimizer) -> Any:
         for row in rows:
             _run(optimizer, [row], factors)
         return None
-    return _make_plan(optimizer, rows) if _run(optimizer, rows, factors) else None
+    return make_plan(optimizer, rows) if _run(optimizer, rows, factors) else None
 
 
 def fill_lists(
@@ -142,14 +142,19 @@ def run_staged(
     staged: list[Staged],
     factors: Factors,
     memory: Memory,
+    total: Tensor | None = None,
 ) -> None:
-    """Updates rows that have a kernel; no two of them share memory."""
+    """Updates rows that have a kernel; no two of them share memory.
+
+    Args:
+        total: takes the sum of a rule's terms, 0-dim float64 on the CPU; every row is then saved.
+    """
     native = backend.native()
     assert native is not None
     with torch.no_grad():
         fields = [s.fields() for s in staged]
         inv_scale, clip = factors.inv_scale, factors.clip
-        native.run_rows(rule, groups, fields, inv_scale, clip, factors.devices, memory)
+        native.run_rows(rule, groups, fields, inv_scale, clip, factors.devices, memory, total)
         for s in staged:
             s.write_back()
 
@@ -165,16 +170,19 @@ class Staged:
 
     def fields(self) -> tuple[Any, ...]:
         native, row, param, source = backend.native(), self.row, self.row.param, self.row.source
+        saved = row.saved
         assert native is not None
         if native.layout_facts(param) != (True, True) or is_lazy(param):
             values = param if source is None else source
             param = self._copy(param, torch.empty_like(param).copy_(values), written=True)
             source = None
         grad = self._like(row.grad, param, written=self._with_grad)
-        states = tuple(self._like(state, param, written=True) for state in row.states)
+        states = tuple(self._like(tensor, param, written=True) for tensor in row.written[1:])
         if source is not None:
             source = self._like(source, param, written=False)
-        return param, grad, states, *_common_fields(row, row.first), source
+        if saved is not None:
+            saved = self._like(saved, param, written=True)
+        return param, grad, states, *_common_fields(row, row.first), source, saved
 
     def _like(self, tensor: Tensor, param: Tensor, written: bool) -> Tensor:
         native = backend.native()
@@ -189,7 +197,7 @@ class Staged:
     def _is_shared(self, tensor: Tensor) -> bool:
         """A gradient over the parameter's own memory is read before the parameter is written."""
         row = self.row
-        return tensor is row.grad and any(overlap(tensor, t) for t in (row.param, *row.states))
+        return tensor is row.grad and any(overlap(tensor, t) for t in row.written)
 
     def _copy(self, original: Tensor, copy: Tensor, written: bool) -> Tensor:
         self.is_copied = True
@@ -202,7 +210,7 @@ class Staged:
             original.copy_(copy)
 
 
-def _make_plan(optimizer: FusedOptimizer, rows: list[Row]) -> Any:
+def make_plan(optimizer: FusedOptimizer, rows: list[Row]) -> Any:
     """Returns a `_C.Plan` for steps like this one, or None if it cannot run them."""
     native = backend.native()
     if native is None or any(row.param is not row.key or row.key.is_inference() for row in rows):
@@ -218,7 +226,7 @@ def _make_plan(optimizer: FusedOptimizer, rows: list[Row]) -> Any:
             if row is None:
                 fields.append((param, (), None, g, False, 0, False, None, False))
             else:
-                states = tuple(row.states)
+                states = row.written[1:]
                 fields.append((param, states, *_common_fields(row, False), entry, True))
     groups, state = optimizer.param_groups, optimizer.state
     guards = ["capturable", "differentiable"]
@@ -262,13 +270,15 @@ def _resting_row(optimizer: FusedOptimizer, g: int, param: Tensor) -> Row | None
         param, param, param, g, engine, "", [s for s in states if isinstance(s, Tensor)], step
     )
     row.is_live = is_live(optimizer, row, False)
+    row.master = optimizer._master_of(entry)
+    written = row.written
     is_ready = (
         len(row.states) == len(names)
         and (isinstance(step, Tensor) or not optimizer.counts_steps)
         and row.has_kernel
         and native.has_memory(param)
         and native.layout_facts(param) == (True, True)
-        and not any(is_lazy(t) for t in (param, *row.states))
-        and all(native.same_layout(s, param) and native.layout_facts(s)[1] for s in row.states)
+        and not any(is_lazy(t) for t in written)
+        and all(native.same_layout(t, param) and native.layout_facts(t)[1] for t in written)
     )
     return row if is_ready else None

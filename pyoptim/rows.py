@@ -38,6 +38,8 @@ class Row:
     first: bool = False  # its momentum buffer is new
     is_live: bool = False  # kernels read and advance the counter, on the device
     source: Tensor | None = None  # a copy of param, which is read in its place
+    saved: Tensor | None = None  # takes what param was, where a rule saves it
+    master: Tensor | None = None  # float32, of which a half-precision param is the rounding
 
     @property
     def has_kernel(self) -> bool:
@@ -45,7 +47,16 @@ class Row:
         is_half = self.param.dtype in HALF_DTYPES
         dtypes = {self.param.dtype, *((torch.float32,) if is_half else ())}
         of_states = {state.dtype for state in self.states}
-        return self.backend in backend.ENGINES and len(of_states) <= 1 and of_states <= dtypes
+        has_engine = self.backend in backend.ENGINES
+        if self.master is not None:
+            is_fit = is_half and self.master.dtype == torch.float32
+            has_engine = self.backend == "cpu" and is_fit
+        return has_engine and len(of_states) <= 1 and of_states <= dtypes
+
+    @property
+    def written(self) -> tuple[Tensor, ...]:
+        """What a step writes: the parameter, its states, its master."""
+        return (self.param, *self.states, *(() if self.master is None else (self.master,)))
 
 
 def checked_rows(optimizer: FusedOptimizer, has_scaler: bool) -> list[Row]:
@@ -58,7 +69,8 @@ def checked_rows(optimizer: FusedOptimizer, has_scaler: bool) -> list[Row]:
         RuntimeError, AssertionError, BackendError: one of them cannot be stepped.
     """
     return [
-        _checked_row(optimizer, g, i, p, has_scaler) for g, i, p in _params_with_grad(optimizer)
+        _checked_row(optimizer, g, i, p, grad, has_scaler)
+        for g, i, p, grad in _params_with_grad(optimizer)
     ]
 
 
@@ -96,20 +108,22 @@ def _bump_versions(rows: list[Row], with_grads: bool) -> None:
     torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
 
-def _params_with_grad(optimizer: FusedOptimizer) -> Iterator[tuple[int, int, Tensor]]:
+def _params_with_grad(optimizer: FusedOptimizer) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    held = None if optimizer._grads is None else iter(optimizer._grads)
     for g, group in enumerate(optimizer.param_groups):
         for i, param in enumerate(group["params"]):
-            if param.grad is not None:
-                yield g, i, param
+            grad = param.grad if held is None else next(held)
+            if grad is not None:
+                yield g, i, param, grad
 
 
 def _checked_row(
-    optimizer: FusedOptimizer, g: int, index: int, key: Tensor, has_scaler: bool
+    optimizer: FusedOptimizer, g: int, index: int, key: Tensor, grad: Tensor, has_scaler: bool
 ) -> Row:
     group = optimizer.param_groups[g]
     names = group.get("param_names")
     place = f"parameter {index} of group {g}" + (f" ({names[index]})" if names else "")
-    row = Row(key, _local(key), _local_grad(key), g, "sparse", place)
+    row = Row(key, _local(key), _local_grad(key, grad), g, "sparse", place)
     _check_pair(row)
     if row.grad.layout != torch.strided:
         optimizer._check_sparse(row, group)
@@ -262,9 +276,7 @@ def _local(tensor: Tensor) -> Tensor:
     return local
 
 
-def _local_grad(key: Tensor) -> Tensor:
-    grad = key.grad
-    assert grad is not None
+def _local_grad(key: Tensor, grad: Tensor) -> Tensor:
     if is_dtensor(key) and is_dtensor(grad) and grad.placements != key.placements:  # type: ignore[attr-defined]
         grad = grad.redistribute(placements=key.placements)  # type: ignore[attr-defined]
     local = _local(grad)
@@ -295,6 +307,7 @@ class _Created:
             self._fill_step(row, entry)
         for name in names:
             self._fill_state(row, entry, name)
+        self._find_master(row, entry)
         # A parameter listed twice finds the buffer that its first row was just given.
         row.first = id(entry) in self._new_buffers
         if optimizer.counts_steps or not names:
@@ -311,6 +324,12 @@ class _Created:
             self._put(entry, name, entry[name].to_dense())
         self._check_state(row, name, entry[name])
         row.states.append(_local(entry[name]))
+
+    def _find_master(self, row: Row, entry: Mapping[str, Any]) -> None:
+        master = self._optimizer._master_of(entry)
+        if master is not None:
+            self._check_state(row, "master_param", master)
+            row.master = _local(master)
 
     def _fill_hidden_counter(self, row: Row) -> None:
         """Tells kernels whether the buffer is new, for rules whose state has no counter."""
@@ -418,7 +437,7 @@ def share_memory(rows: list[Row], writes_grads: bool = False) -> bool:
 
 def _spans(rows: list[Row], writes_grads: bool) -> Iterator[tuple[int, int, int, bool]]:
     for n, row in enumerate(rows):
-        for tensor in (row.param, *row.states):
+        for tensor in row.written:
             if span := _span(tensor):
                 yield *span, n, True
         is_resting = row.grad is row.param

@@ -10,21 +10,26 @@ namespace {
 // What is written but not read, and streamed past the caches.
 enum class Streams { nothing, param, states };
 
-// The arrays of a row, for reading and writing or as addresses to prefetch.
-template <class P, class S>
+// The arrays of a row, for reading and writing or as addresses to prefetch. W: float where the
+// parameter has a master, else P.
+template <class P, class S, class W = P>
 struct Arrays {
   P* param;
-  const P* source;
+  const W* source;
   const P* grad;
   S *s0, *s1, *s2;
+  P* saved;
+  W* master;
 
   explicit Arrays(const Elements& row)
       : param(static_cast<P*>(row.param)),
-        source(static_cast<const P*>(row.source)),
+        source(static_cast<const W*>(row.source)),
         grad(static_cast<const P*>(row.grad)),
         s0(static_cast<S*>(row.state[0])),
         s1(static_cast<S*>(row.state[1])),
-        s2(static_cast<S*>(row.state[2])) {}
+        s2(static_cast<S*>(row.state[2])),
+        saved(static_cast<P*>(row.saved)),
+        master(static_cast<W*>(row.master)) {}
 
   // Of the elements from n on.
   PYOPTIM_HD Arrays moved(int64_t n) const {
@@ -35,6 +40,8 @@ struct Arrays {
     if (s0) at.s0 += n;
     if (s1) at.s1 += n;
     if (s2) at.s2 += n;
+    if (saved) at.saved += n;
+    if (master) at.master += n;
     return at;
   }
 

@@ -8,6 +8,8 @@
 #include <atomic>
 #include <cstdlib>
 
+#include "cpu/chunks.hpp"
+
 namespace pyoptim::cpu {
 
 const KernelTable& kernels_baseline();
@@ -222,6 +224,24 @@ void update_rows(const std::vector<const TableRow*>& rows,
   Step cut{rows, hypers, inv_scale, cut_tasks(rows)};
   const auto run = [](int64_t i, void* s) { static_cast<const Step*>(s)->run(i); };
   run_tasks(static_cast<int64_t>(cut.cuts.size()) - 1, false, run, &cut);
+}
+
+double update_and_sum_rows(const std::vector<const TableRow*>& rows,
+                           const std::vector<HyperBlock>& hypers) {
+  std::vector<int64_t> numels;
+  int64_t n_chunks = 0;
+  for (const TableRow* row : rows) {
+    numels.push_back(row->numel);
+    n_chunks += reduce::n_chunks(row->numel);
+  }
+  std::vector<double> sums(n_chunks);
+  for_each_chunk(numels, [&](size_t r, int64_t begin, int64_t end, int64_t index) {
+    const TableRow& row = *rows[r];
+    const TableRow* const next = r + 1 < rows.size() ? rows[r + 1] : nullptr;
+    sums[index] = row.sum(row, &hypers[row.hyper], begin, end, next);
+  });
+  const auto values = static_cast<int>(Fold::values), f64 = static_cast<int>(DType::f64);
+  return active_kernels().fold[values][f64](sums.data(), nullptr, 0.0, n_chunks);
 }
 
 namespace {

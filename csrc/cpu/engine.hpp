@@ -25,6 +25,7 @@ struct KernelTable {
                      [static_cast<int>(DTypeSet::count)];
   ProjectKernels project[static_cast<int>(RuleId::count)][kMaxVariants]
                         [static_cast<int>(DTypeSet::count)];
+  SumKernel sum[static_cast<int>(RuleId::count)][kMaxVariants][static_cast<int>(DTypeSet::count)];
   UnscaleKernel unscale[4];  // by DType of the gradient
   void (*stream)(int itemsize,
                  void* const* read_only,
@@ -84,6 +85,11 @@ constexpr int64_t kStreamElements = 256 * 1024;
 void update_rows(const std::vector<const TableRow*>& rows,
                  const std::vector<HyperBlock>& hypers,
                  double inv_scale);
+
+// As update_rows, for rows that all have a sum's kernel: returns the sum of their terms in the order
+// of reduce/order.hpp, as a norm over the rows in turn adds up its own.
+double update_and_sum_rows(const std::vector<const TableRow*>& rows,
+                           const std::vector<HyperBlock>& hypers);
 
 // x[i] += sum of the read-only arrays, in the optimizers' own driver: the bandwidth a step could
 // reach.

@@ -7,31 +7,30 @@
 #include "cpu/project.inl"
 #include "cpu/reduce.inl"
 #include "cpu/simd.hpp"
+#include "cpu/sum.inl"
+#include "rules/traits.hpp"
 
 namespace pyoptim::cpu {
 namespace {
 
 // One element.
-template <class Rule, int V, class P, class S>
+template <class Rule, int V, class P, class S, class W>
 PYOPTIM_HD void update_one(const typename Rule::Hyper& h,
-                           P& param,
-                           const P& source,
-                           const P& grad,
-                           S* s0,
-                           S* s1,
-                           S* s2,
+                           const Arrays<P, S, W>& arrays,
                            int64_t i) {
   using T = typename Compute<P>::type;
   constexpr int kStates = Rule::kStates[V];
-  T p = load(source), a = 0, b = 0, c = 0;
-  if constexpr (kStates > 0) a = load(s0[i]);
-  if constexpr (kStates > 1) b = load(s1[i]);
-  if constexpr (kStates > 2) c = load(s2[i]);
-  Rule::template update<V, T>(h, p, load(grad), a, b, c);
-  store(param, p);
-  if constexpr (kStates > 0) store(s0[i], a);
-  if constexpr (kStates > 1) store(s1[i], b);
-  if constexpr (kStates > 2) store(s2[i], c);
+  T p = load(arrays.source[i]), a = 0, b = 0, c = 0;
+  if constexpr (kStates > 0) a = load(arrays.s0[i]);
+  if constexpr (kStates > 1) b = load(arrays.s1[i]);
+  if constexpr (kStates > 2) c = load(arrays.s2[i]);
+  Rule::template update<V, T>(h, p, load(arrays.grad[i]), a, b, c);
+  store(arrays.param[i], p);
+  if constexpr (!kWritesStates<Rule>) return;
+  if constexpr (!std::is_same_v<W, P>) store(arrays.master[i], p);
+  if constexpr (kStates > 0) store(arrays.s0[i], a);
+  if constexpr (kStates > 1) store(arrays.s1[i], b);
+  if constexpr (kStates > 2) store(arrays.s2[i], c);
 }
 
 template <bool kIsStreamed, class E, class X>
@@ -44,9 +43,9 @@ PYOPTIM_HD void put_vector(E* to, const X& x) {
 }
 
 // One vector of elements.
-template <class Rule, int V, Streams kStreams, class P, class S>
+template <class Rule, int V, Streams kStreams, class P, class S, class W>
 PYOPTIM_HD void update_vector(const typename Rule::Hyper& h,
-                              const Arrays<P, S>& arrays,
+                              const Arrays<P, S, W>& arrays,
                               int64_t i) {
   using X = typename VectorOf<typename Compute<P>::type>::type;
   constexpr int kStates = Rule::kStates[V];
@@ -57,18 +56,20 @@ PYOPTIM_HD void update_vector(const typename Rule::Hyper& h,
   if constexpr (kStates > 2) c = load_vector(arrays.s2 + i);
   Rule::template update<V, X>(h, p, load_vector(arrays.grad + i), a, b, c);
   put_vector<kStreams == Streams::param>(arrays.param + i, p);
+  if constexpr (!kWritesStates<Rule>) return;
+  if constexpr (!std::is_same_v<W, P>) store_vector(arrays.master + i, p);
   if constexpr (kStates > 0) put_vector<kStreamsStates>(arrays.s0 + i, a);
   if constexpr (kStates > 1) put_vector<kStreamsStates>(arrays.s1 + i, b);
   if constexpr (kStates > 2) put_vector<kStreamsStates>(arrays.s2 + i, c);
 }
 
-template <class Rule, int V, Streams kStreams, class P, class S>
+template <class Rule, int V, Streams kStreams, class P, class S, class W>
 void update_range(
     const TableRow& row, const void* hyper, int64_t begin, int64_t end, const TableRow* next) {
   constexpr int64_t kLanes = kVectorBytes / sizeof(typename Compute<P>::type);
   constexpr int kStates = Rule::kStates[V];
   const typename Rule::Hyper h = *static_cast<const typename Rule::Hyper*>(hyper);
-  const Arrays<P, S> arrays(row);
+  const Arrays<P, S, W> arrays(row);
   const int64_t ahead = kPrefetchBytes / static_cast<int64_t>(sizeof(P));
   int64_t i = begin;
   for (; i + kLanes + ahead <= end; i += kLanes) {
@@ -76,30 +77,20 @@ void update_range(
     update_vector<Rule, V, kStreams>(h, arrays, i);
   }
   // The last stretch asks for the start of the next row, which no hardware prefetcher can foresee.
-  const Arrays<P, S> following(next && next->update == row.update ? *next : row);
+  const Arrays<P, S, W> following(next && next->update == row.update ? *next : row);
   for (const int64_t from = i; i + kLanes <= end; i += kLanes) {
     following.template prefetch<kStates, kStreams>(i - from);
     update_vector<Rule, V, kStreams>(h, arrays, i);
   }
-  S *const s0 = arrays.s0, *const s1 = arrays.s1, *const s2 = arrays.s2;
-  for (; i < end; ++i) {
-    update_one<Rule, V>(h, arrays.param[i], arrays.source[i], arrays.grad[i], s0, s1, s2, i);
-  }
+  for (; i < end; ++i) update_one<Rule, V>(h, arrays, i);
 }
 
-// A rule says kReadsStates = false when it only writes them.
-template <class Rule, class = void>
-struct ReadsStates : std::true_type {};
-template <class Rule>
-struct ReadsStates<Rule, std::void_t<decltype(Rule::kReadsStates)>>
-    : std::bool_constant<Rule::kReadsStates> {};
-
-template <class Rule, int V, class P, class S>
+template <class Rule, int V, class P, class S, class W>
 void update_segment(
     const TableRow& row, const void* hyper, int64_t begin, int64_t end, const TableRow* next) {
-  constexpr auto kPlain = update_range<Rule, V, Streams::nothing, P, S>;
+  constexpr auto kPlain = update_range<Rule, V, Streams::nothing, P, S, W>;
   if constexpr (sizeof(P) >= sizeof(float)) {
-    constexpr bool kIsParam = ReadsStates<Rule>::value;
+    constexpr bool kIsParam = kReadsStates<Rule>;
     constexpr auto kStreams = kIsParam ? Streams::param : Streams::states;
     const P* const written = static_cast<const P*>(kIsParam ? row.param : row.state[0]);
     const auto misaligned = reinterpret_cast<uintptr_t>(written + begin) % kVectorBytes;
@@ -107,7 +98,7 @@ void update_segment(
       const int64_t head = (kVectorBytes - misaligned) % kVectorBytes / sizeof(P);
       const int64_t start = begin + head < end ? begin + head : end;
       kPlain(row, hyper, begin, start, nullptr);
-      update_range<Rule, V, kStreams, P, S>(row, hyper, start, end, next);
+      update_range<Rule, V, kStreams, P, S, W>(row, hyper, start, end, next);
       return fence_streams();
     }
   }
@@ -205,7 +196,7 @@ int64_t count_wrong_roots(uint32_t first, uint32_t last) {
   return wrong;
 }
 
-template <template <class> class R, int V, class P, class S>
+template <template <class> class R, int V, class P, class S, class W = P>
 void fill_kernels(RuleId rule, DTypeSet dtypes, KernelTable* table) {
   using Rule = R<typename Compute<P>::type>;
   const int r = static_cast<int>(rule), d = static_cast<int>(dtypes);
@@ -213,7 +204,8 @@ void fill_kernels(RuleId rule, DTypeSet dtypes, KernelTable* table) {
     table->update[r][V][d] = Projected<Rule, V, P, S>::update;
     table->project[r][V][d] = Projected<Rule, V, P, S>::kernels();
   } else {
-    table->update[r][V][d] = update_segment<Rule, V, P, S>;
+    table->update[r][V][d] = update_segment<Rule, V, P, S, W>;
+    if constexpr (kYieldsTerm<Rule>) table->sum[r][V][d] = sum_chunk<Rule, V, P, S, W>;
   }
 }
 
@@ -226,6 +218,12 @@ void fill_variant(RuleId rule, KernelTable* table) {
     fill_kernels<R, V, F16, F16>(rule, DTypeSet::f16, table);
     fill_kernels<R, V, Bf16, float>(rule, DTypeSet::bf16_state32, table);
     fill_kernels<R, V, F16, float>(rule, DTypeSet::f16_state32, table);
+    if constexpr (kHasMaster<R<float>>) {
+      fill_kernels<R, V, Bf16, Bf16, float>(rule, DTypeSet::bf16_master, table);
+      fill_kernels<R, V, F16, F16, float>(rule, DTypeSet::f16_master, table);
+      fill_kernels<R, V, Bf16, float, float>(rule, DTypeSet::bf16_master_state32, table);
+      fill_kernels<R, V, F16, float, float>(rule, DTypeSet::f16_master_state32, table);
+    }
   }
 }
 
@@ -237,7 +235,9 @@ KernelTable make_table(const char* isa) {
   fill_variant<Rule, 0>(RuleId::Rule, &table);                                \
   fill_variant<Rule, 1>(RuleId::Rule, &table);                                \
   fill_variant<Rule, 2>(RuleId::Rule, &table);                                \
-  fill_variant<Rule, 3>(RuleId::Rule, &table);
+  fill_variant<Rule, 3>(RuleId::Rule, &table);                                \
+  fill_variant<Rule, 4>(RuleId::Rule, &table);                                \
+  fill_variant<Rule, 5>(RuleId::Rule, &table);
   PYOPTIM_FOR_EACH_RULE(PYOPTIM_FILL)
 #undef PYOPTIM_FILL
   table.unscale[static_cast<int>(DType::f64)] = unscale_segment<double>;

@@ -84,17 +84,17 @@ struct Lanes {
 // Calls body.at<X, kFirst>(i, fetch) for all of [0, n): for the vectors, at the end for single
 // elements; kFirst in the first round of lanes. Elements i of `fetch` are wanted soon: those
 // kPrefetchBytes further on, at last those of `next`.
-template <class P, class S, class Body>
+template <class P, class S, class W, class Body>
 PYOPTIM_HD void for_elements(int64_t n,
                              Body& body,
-                             const Arrays<P, S>& own,
-                             const Arrays<P, S>& next) {
+                             const Arrays<P, S, W>& own,
+                             const Arrays<P, S, W>& next) {
   using T = typename Compute<P>::type;
   using X = typename VectorOf<T>::type;
   constexpr int64_t kWidth = kVectorBytes / sizeof(T);
   const int64_t ahead = kPrefetchBytes / static_cast<int64_t>(sizeof(P));
   const int64_t whole = n - n % kWidth, turn = std::max<int64_t>(0, whole - ahead);
-  const Arrays<P, S> later = own.moved(ahead), after = next.moved(-turn);
+  const Arrays<P, S, W> later = own.moved(ahead), after = next.moved(-turn);
   int64_t i = 0;
   if constexpr (Body::kCount > 0) {
     const int64_t end = std::min<int64_t>(whole, kLanes);

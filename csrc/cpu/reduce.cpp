@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "cpu/chunks.hpp"
 #include "cpu/engine.hpp"
 
 namespace pyoptim::cpu {
@@ -19,58 +20,10 @@ double fold(Fold what, DType dtype, const void* a, const void* b, int64_t numel,
   return kernels.fold[static_cast<int>(what)][static_cast<int>(dtype)](a, b, eta, numel);
 }
 
-// The first chunk of a task.
-struct Cut {
-  size_t span;
-  int64_t chunk;  // within the span
-  int64_t index;  // among all chunks
-};
-
-// Task i runs from cuts[i] to cuts[i + 1]. Only whole chunks, of about kTaskElements together; a
-// short one counts as a round of lanes, which is about what a call costs.
-std::vector<Cut> cut_chunks(const std::vector<Span>& spans) {
-  std::vector<Cut> cuts = {{0, 0, 0}};
-  int64_t index = 0, filled = 0;
-  for (size_t s = 0; s < spans.size(); ++s) {
-    const int64_t n = reduce::n_chunks(spans[s].numel);
-    for (int64_t c = 0; c < n; ++c, ++index) {
-      if (filled >= kTaskElements) {
-        cuts.push_back({s, c, index});
-        filled = 0;
-      }
-      filled += std::clamp<int64_t>(spans[s].numel - c * kChunk, reduce::kLanes, kChunk);
-    }
-  }
-  cuts.push_back({spans.size(), 0, index});
-  return cuts;
-}
-
-// Calls visit(span, begin, end, index) for every chunk, in one parallel region.
-template <class Visit>
-void for_each_chunk(const std::vector<Span>& spans, const Visit& visit) {
-  struct Work {
-    const std::vector<Span>& spans;
-    const Visit& visit;
-    std::vector<Cut> cuts;
-
-    void run(int64_t task) const {
-      const int64_t end = cuts[task + 1].index;
-      Cut at = cuts[task];
-      for (; at.index < end; ++at.span, at.chunk = 0) {
-        const Span& span = spans[at.span];
-        const int64_t n = reduce::n_chunks(span.numel);
-        for (; at.chunk < n && at.index < end; ++at.chunk, ++at.index) {
-          const int64_t begin = at.chunk * kChunk;
-          visit(span, begin, std::min(begin + kChunk, span.numel), at.index);
-        }
-      }
-    }
-  };
-  int64_t total = 0;
-  for (const Span& span : spans) total += span.numel;
-  Work work{spans, visit, cut_chunks(spans)};
-  const auto run = [](int64_t i, void* w) { static_cast<const Work*>(w)->run(i); };
-  run_tasks(static_cast<int64_t>(work.cuts.size()) - 1, total <= kSerialElements, run, &work);
+std::vector<int64_t> numels_of(const std::vector<Span>& spans) {
+  std::vector<int64_t> numels;
+  for (const Span& span : spans) numels.push_back(span.numel);
+  return numels;
 }
 
 const char* element(const void* data, DType dtype, int64_t i) {
@@ -134,7 +87,8 @@ void add_chunks(const RowWork& work, double* sums) {
 }  // namespace
 
 void partials(reduce::Kind kind, const std::vector<Span>& spans, double* out) {
-  for_each_chunk(spans, [=](const Span& span, int64_t begin, int64_t end, int64_t index) {
+  for_each_chunk(numels_of(spans), [&](size_t s, int64_t begin, int64_t end, int64_t index) {
+    const Span& span = spans[s];
     const bool is_weighted = span.weight && kind == reduce::Kind::squares;
     const char* const x = element(span.data, span.dtype, begin);
     const char* const w = is_weighted ? element(span.weight, span.dtype, begin) : nullptr;
@@ -150,7 +104,8 @@ double norm(reduce::Kind kind, const double* partials, int64_t n) {
 }
 
 void scale(const std::vector<Span>& spans, double factor) {
-  for_each_chunk(spans, [=](const Span& span, int64_t begin, int64_t end, int64_t) {
+  for_each_chunk(numels_of(spans), [&](size_t s, int64_t begin, int64_t end, int64_t) {
+    const Span& span = spans[s];
     active_kernels().unscale[static_cast<int>(span.dtype)](span.data, factor, begin, end);
   });
 }

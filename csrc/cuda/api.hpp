@@ -11,7 +11,7 @@
 
 namespace pyoptim::gpu {
 
-constexpr int kApiVersion = 2;
+constexpr int kApiVersion = 3;
 
 // Where work goes. Every call is asynchronous, allocates nothing and can be captured in a graph.
 struct Queue {
@@ -39,7 +39,7 @@ struct Update {
   RuleId rule;
   int32_t variant;
   DTypeSet dtypes;
-  const TableRow* const* rows;  // [n_rows]; of a row all but update and unscale is read
+  const TableRow* const* rows;  // [n_rows]; of a row all but update, sum, unscale, saved and master is read
   int64_t n_rows;
   const HyperBlock* hypers;       // host memory, indexed by row->hyper
   const HyperBlock* live_hypers;  // device memory, [n_rows] in the order of rows; or null

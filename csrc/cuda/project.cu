@@ -486,6 +486,10 @@ cudaError_t deal(const Update& update, TestFields fields, Phases* phases, cudaSt
     case DTypeSet::f16:
     case DTypeSet::f16_state32:
       return deal_as<F16>(update, fields, *phases, stream);
+    case DTypeSet::bf16_master:
+    case DTypeSet::f16_master:
+    case DTypeSet::bf16_master_state32:
+    case DTypeSet::f16_master_state32:
     case DTypeSet::count:
       break;
   }

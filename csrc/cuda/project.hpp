@@ -425,6 +425,10 @@ cudaError_t project(const Update& update, cudaStream_t stream) {
       return project_with<R, Bf16, float>(update, stream);
     case DTypeSet::f16_state32:
       return project_with<R, F16, float>(update, stream);
+    case DTypeSet::bf16_master:
+    case DTypeSet::f16_master:
+    case DTypeSet::bf16_master_state32:
+    case DTypeSet::f16_master_state32:
     case DTypeSet::count:
       break;
   }

@@ -288,6 +288,10 @@ cudaError_t update_variant(const Update& update, cudaStream_t stream) {
         return update_with<R, V, Bf16, float>(update, stream);
       case DTypeSet::f16_state32:
         return update_with<R, V, F16, float>(update, stream);
+      case DTypeSet::bf16_master:
+      case DTypeSet::f16_master:
+      case DTypeSet::bf16_master_state32:
+      case DTypeSet::f16_master_state32:
       case DTypeSet::count:
         break;
     }

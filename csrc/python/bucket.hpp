@@ -62,7 +62,16 @@ struct LiveGroups {
 };
 
 inline const char* name_of(DTypeSet set) {
-  constexpr const char* kNames[] = {"f64", "f32", "bf16", "f16", "bf16_state32", "f16_state32"};
+  constexpr const char* kNames[] = {"f64",
+                                    "f32",
+                                    "bf16",
+                                    "f16",
+                                    "bf16_state32",
+                                    "f16_state32",
+                                    "bf16_master",
+                                    "f16_master",
+                                    "bf16_master_state32",
+                                    "f16_master_state32"};
   return kNames[static_cast<int>(set)];
 }
 

@@ -103,7 +103,7 @@ class DictGuard {
   Items items_;
 };
 
-constexpr int kMaxHeld = kMaxStates + 1;  // state tensors and the step counter
+constexpr int kMaxHeld = kMaxStates + 2;  // state tensors, the master and the step counter
 
 // The memory that a plan writes. A gradient that lies over some of it would be read before or after
 // that is written as the threads happen to run; torch's order matters then.
@@ -220,7 +220,7 @@ inline const void* storage_of(PyObject* tensor) {
   return symbols::storage_of(*static_cast<void* const* const*>(symbols::tensor_of(tensor)));
 }
 
-inline bool is_lazy(const py::object& tensor) {
+inline bool is_lazy(py::handle tensor) {
   if (symbols::enabled()) return is_lazy(symbols::tensor_of(tensor.ptr()));
   return py::cast<bool>(tensor.attr("is_neg")()) || py::cast<bool>(tensor.attr("is_conj")());
 }

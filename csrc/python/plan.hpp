@@ -24,6 +24,7 @@ struct Row : StepRow {
   DictGuard entry;  // optimizer.state[param]; empty when the rule keeps no state
   int16_t n_states = 0;
   int8_t state_width = 0;  // bytes of one element
+  bool has_master = false;
   bool active = false;     // false: no gradient was seen yet, so there is no state
   TensorView layout = {};  // of param; sizes and strides point below
   int64_t dims[2 * symbols::kInlineDims];
@@ -32,22 +33,24 @@ struct Row : StepRow {
 
   void hold(py::object tensor, bool is_counter) {
     held.emplace_back(std::move(tensor), is_counter);
+    has_counter_ = has_counter_ || is_counter;
   }
 
   // False when the tensors cannot run as they are.
   bool bind(const Rule& rule, int variant, DTypeSet* dtypes) {
     n_states = static_cast<int16_t>(rule.n_states[variant]);
-    TensorView view, states[kMaxStates];
-    if (!view_of(param.ptr(), &view)) return false;
-    for (int i = 0; i < n_states; ++i) {
+    TensorView view, states[kMaxStates + 1];
+    const int n_given = static_cast<int>(held.size()) - has_counter_;
+    has_master = n_given > n_states;
+    if (!view_of(param.ptr(), &view) || n_given < n_states || n_given > n_states + 1) return false;
+    for (int i = 0; i < n_given; ++i) {
       if (!view_of(held[i].ptr(), &states[i])) return false;
     }
-    const bool has_counter = held.size() > static_cast<size_t>(n_states);
-    if (has_counter && !counter.bind(held[n_states].ptr(), is_live, view)) return false;
+    if (has_counter_ && !counter.bind(held[n_given].ptr(), is_live, view)) return false;
     remember_layout(view);
     if (n_states > 0) state_width = item_size(states[0].dtype);
-    return is_reachable(backend, view) &&
-           prepare_row(rule, variant, view, states, &table_row, dtypes);
+    return is_reachable(backend, view) && !(has_master && backend != Backend::cpu) &&
+           prepare_row(rule, variant, view, states, has_master, &table_row, dtypes);
   }
 
   // The tensors are where they were, so what was checked for them still holds.
@@ -73,9 +76,15 @@ struct Row : StepRow {
     for (int i = 0; i < n_states; ++i) {
       written->add(storage_of(held[i].ptr()), table_row.state[i], table_row.numel * state_width);
     }
+    if (has_master) {
+      const int64_t bytes = table_row.numel * item_size(DType::f32);
+      written->add(storage_of(held[n_states].ptr()), table_row.master, bytes);
+    }
   }
 
  private:
+  bool has_counter_ = false;
+
   void remember_layout(const TensorView& view) {
     int64_t* to = dims;
     if (view.ndim > symbols::kInlineDims) {
@@ -90,13 +99,29 @@ struct Row : StepRow {
   }
 };
 
+// Lists beside the parameters of all groups in order; null: there is none.
+struct PlanLists {
+  PyObject* sources;  // a copy of the parameter, from which it is read, or None
+  PyObject* grads;    // in the place of the parameter's own, or None for no gradient
+  PyObject* saved;    // what a sum's update keeps the parameter in, or None where there is a master
+
+  bool all_of(size_t n) const {
+    for (PyObject* const list : {sources, grads, saved}) {
+      if (list && !(PyList_CheckExact(list) && static_cast<size_t>(PyList_GET_SIZE(list)) == n))
+        return false;
+    }
+    return true;
+  }
+  static PyObject* or_null(const py::object& list) { return list.is_none() ? nullptr : list.ptr(); }
+};
+
 // Below this many elements a step ends before another thread would get its turn (the interpreter
 // switches every 5 ms), so the GIL is kept and the gradients need no holding.
 constexpr int64_t kKeepGilElements = 1 << 20;
 
 class Plan {
  public:
-  // rows: (param, (states...), step or None, group, first, engine, live, state dict or None,
+  // rows: (param, (states..., master if any), step or None, group, first, engine, live, state dict or None,
   // active) for every parameter of every group in order; an inactive row is a parameter without a
   // gradient so far. No two parameters may share memory. guards: group keys whose truth is fixed
   // while the plan lives. memory: the pyoptim.gpu.Memory of the optimizer.
@@ -151,29 +176,33 @@ class Plan {
   std::vector<int32_t> devices() const { return work_.devices(); }
 
   // One step over everything that has a gradient, or nothing at all: false, and nothing has
-  // changed, when parameters, state, options, gradients or sources are not such as the plan was
-  // made for. sources: None, or a list with a copy of each parameter, from which it is read, or
-  // None.
+  // changed, when parameters, state, options, gradients or lists are not such as the plan was made
+  // for. sources, grads, saved: as in PlanLists, or None.
   bool step(const py::list& param_groups, const py::object& state, const py::object& sources) {
-    return scaled_step(param_groups, state, 1.0, 1.0, py::none(), sources);
+    const py::none none;
+    return scaled_step(param_groups, state, 1.0, 1.0, none, sources, none, none, none);
   }
 
-  // The factors are as in Work::start.
+  // The factors are as in Work::start; sum as in sum_memory.
   bool scaled_step(const py::list& param_groups,
                    const py::object& state,
                    double inv_scale,
                    double clip,
                    const py::object& devices,
-                   const py::object& sources) {
+                   const py::object& sources,
+                   const py::object& grads,
+                   const py::object& saved,
+                   const py::object& sum) {
     if (running_)
       throw std::runtime_error("step() of this optimizer is already running in another thread");
     if (counts_for_gpu_) work_.memory().attr("check_not_capturing")();
     stepped_.clear();
     live_grads_.clear();
-    sources_ = sources.is_none() ? nullptr : sources.ptr();
+    lists_ = {PlanLists::or_null(sources), PlanLists::or_null(grads), PlanLists::or_null(saved)};
+    sum_at_ = sum_memory(work_.rule(), sum);
     const bool collected =
         is_valid(param_groups, state.ptr()) && collect(param_groups, inv_scale, clip, devices);
-    if (collected && !work_.empty()) launch();
+    if (collected && (sum_at_ || !work_.empty())) launch();
     grads_.clear();
     return collected;
   }
@@ -215,8 +244,7 @@ class Plan {
   bool is_valid(const py::list& param_groups, PyObject* state) {
     return is_usable_ && kernels_ == &cpu::active_kernels() && api_ == gpu::loaded_api() &&
            param_groups.size() == variants_.size() && state_.holds(state) &&
-           (!sources_ || (PyList_CheckExact(sources_) &&
-                          static_cast<size_t>(PyList_GET_SIZE(sources_)) == rows_.size()));
+           lists_.all_of(rows_.size());
   }
 
   bool collect(const py::list& param_groups,
@@ -242,7 +270,10 @@ class Plan {
       if (*next_row == rows_.size()) return false;
       Row& row = rows_[(*next_row)++];
       if (row.param.ptr() != PyList_GET_ITEM(params, i) || row.group != index) return false;
-      if (!(symbols::enabled() ? collect_row(row) : collect_row_by_dlpack(row))) return false;
+      const bool is_collected = lists_.grads         ? collect_row_from_list(row)
+                                : symbols::enabled() ? collect_row(row)
+                                                     : collect_row_by_dlpack(row);
+      if (!is_collected) return false;
     }
     return true;
   }
@@ -255,6 +286,20 @@ class Plan {
     if (!symbols::holds_all(grad, view)) return false;
     live_grads_.push_back(grad);
     return add(row, view, symbols::storage_of(*static_cast<void* const* const*>(grad)));
+  }
+
+  PyObject* listed(PyObject* list, const Row& row) const {
+    return list ? PyList_GET_ITEM(list, &row - rows_.data()) : Py_None;
+  }
+
+  // The caller's list holds the gradients.
+  bool collect_row_from_list(Row& row) {
+    PyObject* const grad = listed(lists_.grads, row);
+    if (grad == Py_None) return true;
+    TensorView view;
+    if (!is_tensor(grad) || !view_of(grad, &view) || is_lazy(py::handle(grad))) return false;
+    if (symbols::enabled() && !symbols::holds_all(symbols::tensor_of(grad), view)) return false;
+    return add(row, view, storage_of(grad));
   }
 
   bool collect_row_by_dlpack(Row& row) {
@@ -271,26 +316,39 @@ class Plan {
     if (grad.dtype != row.layout.dtype || !is_usable(grad, row.layout)) return false;
     const int64_t bytes = row.table_row.numel * item_size(grad.dtype);
     if (written_.overlaps(storage, grad.data, bytes) || !find_source(row, bytes)) return false;
+    row.table_row.saved = nullptr;
+    if (sum_at_ && !find_copy(listed(lists_.saved, row), row, bytes, &row.table_row.saved))
+      return false;
     row.table_row.grad = grad.data;
     stepped_.push_back(&row);
-    return work_.add(&row);
+    return work_.add(&row) && (!sum_at_ || row.has_sum());
   }
 
   bool find_source(Row& row, int64_t bytes) const {
-    row.table_row.source = row.table_row.param;
-    PyObject* const source = sources_ ? PyList_GET_ITEM(sources_, &row - rows_.data()) : Py_None;
+    TableRow& to = row.table_row;
+    to.source = row.has_master ? to.master : to.param;
+    PyObject* const source = listed(lists_.sources, row);
     if (source == Py_None) return true;
-    // The GPU engines' phases read the parameter where it is.
-    if (work_.rule().projects && row.backend != Backend::cpu) return false;
+    // The GPU engines' phases read the parameter where it is, and a master is its own copy.
+    if ((work_.rule().projects && row.backend != Backend::cpu) || row.has_master) return false;
+    void* found = nullptr;
+    if (!find_copy(source, row, bytes, &found)) return false;
+    to.source = found;
+    return true;
+  }
+
+  // Where a copy of the row's parameter lies; null for None. False where the kernels cannot use it.
+  bool find_copy(PyObject* copy, const Row& row, int64_t bytes, void** found) const {
+    *found = nullptr;
+    if (copy == Py_None) return true;
     TensorView view;
-    if (!is_tensor(source) || !view_of(source, &view) ||
-        is_lazy(py::reinterpret_borrow<py::object>(source)) || view.dtype != row.layout.dtype ||
-        !is_usable(view, row.layout) ||
-        (symbols::enabled() && !symbols::holds_all(symbols::tensor_of(source), view)) ||
-        written_.overlaps(storage_of(source), view.data, bytes)) {
+    if (!is_tensor(copy) || !view_of(copy, &view) || is_lazy(py::handle(copy)) ||
+        view.dtype != row.layout.dtype || !is_usable(view, row.layout) ||
+        (symbols::enabled() && !symbols::holds_all(symbols::tensor_of(copy), view)) ||
+        written_.overlaps(storage_of(copy), view.data, bytes)) {
       return false;
     }
-    row.table_row.source = view.data;
+    *found = view.data;
     return true;
   }
 
@@ -301,15 +359,15 @@ class Plan {
     work_.launch_gpu();
     running_ = true;
     if (keeps_gil) {
-      work_.run_cpu();
+      work_.run_cpu(sum_at_);
     } else {
       const py::gil_scoped_release unlocked;
-      work_.run_cpu();
+      work_.run_cpu(sum_at_);
     }
     running_ = false;
     for (Row* row : stepped_) {
       row->first = false;
-      if (row->bucket >= 0) row->counter.advance();
+      if (row->bucket >= 0 && work_.rule().writes_states) row->counter.advance();
     }
   }
 
@@ -347,7 +405,8 @@ class Plan {
   WrittenMemory written_;
   std::vector<Row*> stepped_;
   std::vector<symbols::Tensor> live_grads_;  // borrowed from the parameters
-  PyObject* sources_ = nullptr;              // of this step; the caller's
+  PlanLists lists_ = {};                     // of this step; the caller's
+  double* sum_at_ = nullptr;                 // of this step
   const py::object params_key_ =
       py::reinterpret_steal<py::object>(PyUnicode_InternFromString("params"));
 };

@@ -12,6 +12,7 @@
 
 #include "python/tensor_access.hpp"
 #include "rules/all.hpp"
+#include "rules/traits.hpp"
 
 namespace pyoptim {
 
@@ -24,6 +25,8 @@ struct Rule {
   int n_hypers;
   bool counts_steps;
   bool projects;  // rows of dimension 0
+  bool writes_states;
+  bool yields_term;
   int n_variants;
   const int* n_states;
   const char* const (*state_names)[kMaxStates];
@@ -52,6 +55,8 @@ Rule make_rule(RuleId id) {
           F::kHypers,
           F::kCountsSteps,
           kProjects<F>,
+          kWritesStates<F>,
+          kYieldsTerm<F>,
           F::kVariants,
           F::kStates,
           F::kStateNames,

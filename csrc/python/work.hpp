@@ -37,27 +37,35 @@ inline void describe_rows(const TensorView& t, TableRow* row) {
   row->inner = width * (t.sizes[0] > 1 ? t.strides[0] : t.numel);
 }
 
-// All of a row but its gradient and hyper-parameters. False when the tensors have no kernel
-// together.
+// All of a row but its gradient, what is saved and hyper-parameters. False when the tensors have no
+// kernel together. states: those of the rule, and behind them the master where there is one.
 inline bool prepare_row(const Rule& rule,
                         int variant,
                         const TensorView& param,
                         const TensorView* states,
+                        bool has_master,
                         TableRow* row,
                         DTypeSet* dtypes) {
   const int n_states = rule.n_states[variant];
+  const TensorView& master = states[n_states];
   const DType state_dtype = n_states ? states[0].dtype : param.dtype;
-  const DTypeSet set = *dtypes = dtype_set(param.dtype, state_dtype);
+  DTypeSet set = dtype_set(param.dtype, state_dtype);
+  if (has_master) set = master.dtype == DType::f32 ? master_set(set) : DTypeSet::count;
+  *dtypes = set;
   if (set == DTypeSet::count || !is_usable(param, param) || !is_dense(param)) return false;
+  if (has_master && !is_usable(master, param)) return false;
   for (int i = 0; i < n_states; ++i) {
     if (!is_usable(states[i], param) || states[i].dtype != state_dtype) return false;
     row->state[i] = states[i].data;
   }
   const cpu::KernelTable& kernels = cpu::active_kernels();
   row->param = param.data;
-  row->source = param.data;
+  row->master = has_master ? master.data : nullptr;
+  row->source = has_master ? master.data : param.data;
   row->numel = param.numel * (param.is_complex ? 2 : 1);
   row->update = kernels.update[static_cast<int>(rule.id)][variant][static_cast<int>(set)];
+  row->sum = kernels.sum[static_cast<int>(rule.id)][variant][static_cast<int>(set)];
+  if (!row->update) return false;
   if (rule.projects) {
     row->project = &kernels.project[static_cast<int>(rule.id)][variant][static_cast<int>(set)];
     describe_rows(param, row);
@@ -82,9 +90,14 @@ struct Table {
     rows.push_back(&row);
     counters.push_back(&counter);
   }
-  void run(const HyperCache& hypers, double inv_scale) const {
-    cpu::update_rows(rows, hypers.blocks(), inv_scale);
-    for (const StepCounter* counter : counters) counter->advance();
+  // sum_at: where the sum of the rule's terms goes, or null for an update without it.
+  void run(const HyperCache& hypers, double inv_scale, bool counts, double* sum_at) const {
+    if (sum_at) {
+      *sum_at = cpu::update_and_sum_rows(rows, hypers.blocks());
+    } else {
+      cpu::update_rows(rows, hypers.blocks(), inv_scale);
+    }
+    for (size_t i = 0; counts && i < counters.size(); ++i) counters[i]->advance();
   }
 };
 
@@ -98,6 +111,12 @@ struct StepRow {
   bool first = false;      // the momentum buffer is new
   bool is_live = false;    // kernels read and advance its counter
   bool is_double = false;  // arithmetic in float64
+
+  // Whether the CPU engine can add up the terms of this row, and save what it reads.
+  bool has_sum() const {
+    const bool is_kept = table_row.saved || table_row.master || table_row.numel == 0;
+    return bucket < 0 && table_row.sum && is_kept;
+  }
 };
 
 class Work {
@@ -184,7 +203,10 @@ class Work {
     }
   }
 
-  void run_cpu() const { table_.run(hypers_, factors_.inv_scale); }
+  // sum_at: as for Table::run.
+  void run_cpu(double* sum_at) const {
+    table_.run(hypers_, factors_.inv_scale, rule_.writes_states, sum_at);
+  }
 
   // CUDA indices of the GPU engines' rows, -1 for those in the CPU's memory.
   std::vector<int32_t> devices() const {
@@ -263,11 +285,11 @@ class Work {
 // What run_rows keeps of one row.
 struct GivenRow : StepRow {
   bool read(const py::tuple& fields, Work* work) {
-    TensorView param, grad, source, states[kMaxStates];
+    TensorView param, grad, states[kMaxStates + 1];
     const int variant = work->variant(group);
     const py::tuple given = fields[2];
-    const py::object copy = fields[8];
-    if (static_cast<int>(given.size()) != work->rule().n_states[variant]) return false;
+    const int n_states = work->rule().n_states[variant], n_given = static_cast<int>(given.size());
+    if (n_given < n_states || n_given > n_states + (backend == Backend::cpu)) return false;
     if (!dlpack::view(py::object(fields[0]).ptr(), &param) ||
         !dlpack::view(py::object(fields[1]).ptr(), &grad)) {
       return false;
@@ -282,33 +304,56 @@ struct GivenRow : StepRow {
     if (!work->rule().counts_steps && counter.data && !is_live) first = counter.next() == 1.0;
     DTypeSet dtypes = DTypeSet::count;
     if (!is_reachable(backend, param) || grad.dtype != param.dtype || !is_usable(grad, param) ||
-        !prepare_row(work->rule(), variant, param, states, &table_row, &dtypes)) {
+        !prepare_row(
+            work->rule(), variant, param, states, n_given > n_states, &table_row, &dtypes)) {
       return false;
     }
     table_row.grad = grad.data;
-    if (!copy.is_none()) {
-      if (!dlpack::view(copy.ptr(), &source) || source.dtype != param.dtype ||
-          !is_usable(source, param)) {
-        return false;
-      }
-      table_row.source = source.data;
+    void* source = const_cast<void*>(table_row.source);
+    if (!read_copy(fields[8], param, &source) || !read_copy(fields[9], param, &table_row.saved)) {
+      return false;
     }
+    table_row.source = source;
     work->place(this, dtypes, param.cuda);
     return work->add(this);
   }
+
+ private:
+  // Of the parameter, unless it is None.
+  static bool read_copy(const py::object& copy, const TensorView& param, void** data) {
+    if (copy.is_none()) return true;
+    TensorView view;
+    if (!dlpack::view(copy.ptr(), &view) || view.dtype != param.dtype || !is_usable(view, param))
+      return false;
+    *data = view.data;
+    return true;
+  }
 };
 
+// Where the sum of a rule's terms goes: a float64 number in the CPU's memory, or nowhere.
+inline double* sum_memory(const Rule& rule, const py::object& sum) {
+  if (sum.is_none()) return nullptr;
+  TensorView view;
+  if (!rule.yields_term || !is_tensor(sum.ptr()) || !view_of(sum.ptr(), &view) ||
+      view.dtype != DType::f64 || view.numel != 1 || !view.is_cpu || !view.data) {
+    throw py::value_error("sum must be one float64 number on the CPU, of a rule that yields terms");
+  }
+  return static_cast<double*>(view.data);
+}
+
 // One update of tensors given explicitly, all of one memory layout per row and no memory shared
-// between rows. rows: (param, grad, (states...), step or None, group, first, engine, live, source
-// or None); the rest as Plan::step.
+// between rows. rows: (param, grad, (states..., master if any), step or None, group, first, engine,
+// live, source or None, saved or None); the rest as Plan::step.
 inline void run_rows(const std::string& rule_name,
                      const py::list& param_groups,
                      const std::vector<py::tuple>& rows,
                      double inv_scale,
                      double clip,
                      const py::object& devices,
-                     const py::object& memory) {
+                     const py::object& memory,
+                     const py::object& sum) {
   Work work(find_rule(rule_name), memory);
+  double* const sum_at = sum_memory(work.rule(), sum);
   std::vector<GivenRow> given(rows.size());
   for (size_t i = 0; i < rows.size(); ++i) {
     given[i].group = py::cast<int>(rows[i][4]);
@@ -322,13 +367,16 @@ inline void run_rows(const std::string& rule_name,
     if (!given[i].read(rows[i], &work)) {
       throw py::value_error("run_rows: the tensors of a row have no kernel together");
     }
+    if (sum_at && !given[i].has_sum()) {
+      throw py::value_error("run_rows: a row has no kernel that adds up, or nothing to save into");
+    }
   }
   work.launch_gpu();
   for (const GivenRow& row : given) {
-    if (row.bucket >= 0) row.counter.advance();
+    if (row.bucket >= 0 && work.rule().writes_states) row.counter.advance();
   }
   const py::gil_scoped_release unlocked;  // the caller's tuples hold the tensors
-  work.run_cpu();
+  work.run_cpu(sum_at);
 }
 
 }  // namespace pyoptim

@@ -6,6 +6,8 @@
 #include "rules/adamp.hpp"
 #include "rules/ascent.hpp"
 #include "rules/expectigrad.hpp"
+#include "rules/line_step.hpp"
+#include "rules/line_trial.hpp"
 #include "rules/projection.hpp"
 #include "rules/rmsprop.hpp"
 #include "rules/sgd.hpp"
@@ -19,7 +21,9 @@
   X(Expectigrad)                 \
   X(Ascent)                      \
   X(AdamP)                       \
-  X(SgdP)
+  X(SgdP)                        \
+  X(LineTrial)                   \
+  X(LineStep)
 
 namespace pyoptim {
 
@@ -30,6 +34,6 @@ enum class RuleId : int {
       count
 };
 
-constexpr int kMaxVariants = 4;
+constexpr int kMaxVariants = 6;
 
 }  // namespace pyoptim

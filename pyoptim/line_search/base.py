@@ -17,7 +17,9 @@ from torch.optim import Optimizer
 
 from pyoptim import backend, norms
 from pyoptim.line_search.closures import Buffers, Closure, Evaluation, RandomState
-from pyoptim.line_search.direction import ReferenceDirection, shards, state_names
+from pyoptim.line_search.direction import ReferenceDirection, state_names
+from pyoptim.line_search.fused import FusedDirection
+from pyoptim.norms import _outside_graphs as outside_graphs
 from pyoptim.optimizer import FusedOptimizer
 from pyoptim.rows import HALF_DTYPES
 
@@ -30,6 +32,7 @@ class Direction(Protocol):
     def start(self, eta: float, grad_factor: float | Tensor = 1.0) -> Tensor: ...
     def trial(self, eta: float) -> None: ...
     def finish(self, eta: float) -> None: ...
+    def accept(self) -> None: ...
     def restore(self) -> None: ...
     def undo(self) -> None: ...
     def plain(self, eta: float, grad_factor: float | Tensor = 1.0) -> None: ...
@@ -65,20 +68,24 @@ class LineSearch(FusedOptimizer):
     """Base of the line searches: closures, random numbers, buffers, processes, checkpoints.
 
     A subclass keeps its numbers in `_numbers`, a dataclass of all that a checkpoint must hold, with
-    at least `step`, `step_size`, `n_searches` and `n_trials`, and says when to search, what to try,
-    what to accept and how to move.
+    at least `step`, `step_size`, `n_searches` and `n_trials`, and its constants in `_settings`,
+    with at least `max_trials`. It says when to search, what to try, what to accept, how to move.
     """
 
     rule = "line_search"
     _numbers: Any
-    _max_trials: int
+    _settings: Any
     # Multiplies the steps that are made, not the trials.
     rate_factor: float = 1.0
     # The last search, None before the first.
     last_search: Search | None = None
+    _module: Module | None = None
+    _process_group: Any = None
+    # Half-precision parameters with master copies, and their versions after the last step.
+    _halves: Sequence[Tensor] = ()
+    _written: dict[Tensor, int]
     _is_in_trial = False
     _has_warned = False
-    _OWN = ("_numbers", "rate_factor", "last_search", "_max_trials", "_process_group", "_module")
 
     # -- what a subclass says ----------------------------------------------------------------------
 
@@ -123,8 +130,8 @@ class LineSearch(FusedOptimizer):
         self,
         params: Any,
         options: dict[str, Any],
+        settings: Any,
         numbers: Any,
-        max_trials: int,
         *,
         state_dtype: torch.dtype | None,
         backend: str | None,
@@ -134,9 +141,9 @@ class LineSearch(FusedOptimizer):
         process_group: Any,
     ) -> None:
         self._configure(state_dtype, backend, max_grad_norm)
-        self._numbers, self._max_trials = numbers, max_trials
+        self._settings, self._numbers = settings, numbers
         self._module, self._process_group = module, process_group
-        check_number("max_trials", max_trials, 1)
+        self._written = {}
         Optimizer.__init__(
             self, params, {**options, "lr_scale": 1.0, "master_weights": master_weights}
         )
@@ -186,8 +193,8 @@ class LineSearch(FusedOptimizer):
 
     # -- stepping ----------------------------------------------------------------------------------
 
-    @_disable_dynamo
-    def step(  # type: ignore[override]
+    @outside_graphs
+    def step(
         self,
         closure: Closure | Sequence[Closure] | None = None,
         *,
@@ -213,6 +220,15 @@ class LineSearch(FusedOptimizer):
                 Whatever a trial raises passes through. Weights, moments, step counts and random
                 numbers are as before.
         """
+        is_own = type(self).step is LineSearch.step  # torch has wrapped any other
+        if is_own and self._has_observers():
+            return self._make_observed_step(closure, grad_scaler)
+        return self._make_step(closure, grad_scaler)
+
+    # torch would wrap step() in what costs 10 us and is of use only to hooks and profilers.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _make_step(self, closure: Closure | Sequence[Closure] | None, grad_scaler: Any) -> Any:
         if closure is None:
             self._step_without_closure()
             return None
@@ -225,7 +241,7 @@ class LineSearch(FusedOptimizer):
         if self._has_overflow(grad_scaler):
             return loss
         factor = self._grad_factor()
-        self._fill_masters()
+        self._fill_masters(may_be_new=False)
         numbers = dataclasses.replace(self._numbers)
         try:
             self._count(False)
@@ -237,6 +253,8 @@ class LineSearch(FusedOptimizer):
         self._end(step_size)
         return loss
 
+    _make_observed_step = Optimizer.profile_hook_step(_make_step)
+
     def _searched_step(self, evaluation: Evaluation, grad_scaler: Any) -> Tensor:
         random = RandomState({p.device for p in self._params()})
         buffers = Buffers(self._module)
@@ -246,7 +264,7 @@ class LineSearch(FusedOptimizer):
         if self._has_overflow(grad_scaler):
             return loss
         factor, direction, numbers = self._grad_factor(), self._direction, self._numbers
-        self._fill_masters()
+        self._fill_masters(may_be_new=True)
         self._numbers = dataclasses.replace(numbers)
         grads = [p.grad for p in self._params()]
         try:
@@ -300,7 +318,7 @@ class LineSearch(FusedOptimizer):
             next_size = self._judge(step_size, start, steepness, trial)
             if next_size is None:
                 return ended("accepted"), step_size
-            if len(losses) == self._max_trials:
+            if len(losses) == self._settings.max_trials:
                 return ended("failed"), next_size
             step_size = next_size
             direction.trial(step_size)
@@ -313,10 +331,12 @@ class LineSearch(FusedOptimizer):
         rate = step_size * (self._damping if way == "finish" else self.rate_factor)
         if way == "finish":
             direction.finish(rate)
-        elif rate == 0.0:
+            return dataclasses.replace(search, step_size=step_size)
+        if rate == 0.0:
             direction.restore()
         elif rate != search.step_sizes[-1]:
             direction.trial(rate)
+        direction.accept()
         return dataclasses.replace(search, step_size=step_size)
 
     def _replayed(
@@ -357,7 +377,7 @@ class LineSearch(FusedOptimizer):
                 f"{type(self).__name__}.step() needs a closure that computes and returns the loss: "
                 "optimizer.step(lambda: loss_fn(model(x), y))"
             )
-        self._fill_masters()
+        self._fill_masters(may_be_new=True)
         self._direction.plain(0.0)
 
     @property
@@ -380,7 +400,8 @@ class LineSearch(FusedOptimizer):
         choice = self.backend or backend.chosen()
         kept = self.__dict__.setdefault("_directions", {})
         if choice not in kept:
-            kept[choice] = ReferenceDirection(self)
+            is_plain = choice == "reference" or backend.native() is None
+            kept[choice] = (ReferenceDirection if is_plain else FusedDirection)(self)
         direction: Direction = kept[choice]
         return direction
 
@@ -429,10 +450,8 @@ class LineSearch(FusedOptimizer):
 
     def _end(self, step_size: float) -> None:
         self._show_rates(step_size)
-        versions = self.__dict__.setdefault("_versions", {})
-        for param in self._params():
-            if "master_param" in self.state.get(param, {}):
-                versions[id(param)] = param._version
+        for param in self._halves:
+            self._written[param] = param._version
 
     def _show_rates(self, step_size: float) -> None:
         for group in self.param_groups:
@@ -447,24 +466,28 @@ class LineSearch(FusedOptimizer):
             f"something else, perhaps a scheduler, wrote 'lr' of a group of {type(self).__name__}; "
             "this has no effect, since the search chooses the rate. Set rate_factor to scale the "
             "steps, lr_scale of a group for its relative rate, or step_size to start elsewhere",
-            stacklevel=3,
+            stacklevel=5,
         )
 
     # -- master copies -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _fill_masters(self) -> None:
-        """Makes float32 copies of half-precision parameters, anew where someone else wrote one."""
-        versions = self.__dict__.setdefault("_versions", {})
-        for group in self.param_groups:
-            for param in group["params"] if group["master_weights"] else ():
-                if param.dtype not in HALF_DTYPES or param.grad is None:
-                    continue
-                entry = self.state[param]
-                if "master_param" not in entry:
-                    entry["master_param"] = param.detach().float()
-                elif versions.get(id(param), param._version) != param._version:
-                    entry["master_param"].copy_(param)
+    def _fill_masters(self, may_be_new: bool) -> None:
+        """Makes float32 copies of half-precision parameters, anew where someone else wrote one.
+
+        Args:
+            may_be_new: look through all parameters, which takes time.
+        """
+        if may_be_new:
+            groups = [group for group in self.param_groups if group["master_weights"]]
+            params = (p for group in groups for p in group["params"])
+            self._halves = [p for p in params if p.dtype in HALF_DTYPES]
+        for param in self._halves:
+            master = self.state[param].get("master_param") if param in self.state else None
+            if master is None and param.grad is not None:
+                self.state[param]["master_param"] = param.detach().float()
+            elif master is not None and self._written.get(param) not in (None, param._version):
+                master.copy_(param)
 
     # -- state -------------------------------------------------------------------------------------
 
@@ -495,9 +518,7 @@ class LineSearch(FusedOptimizer):
         super().load_state_dict({**state_dict, "param_groups": groups})
         self.rate_factor = numbers.pop("rate_factor")
         self._numbers = type(self._numbers)(**numbers)
-        self.__dict__.pop("_versions", None)
-        self.__dict__.pop("_directions", None)
-        self._shown = [group["lr"] for group in self.param_groups]
+        self._forget()
 
     def _restore_precision(
         self, entry: dict[str, Any], param: Tensor, source: Mapping[str, Any]
@@ -509,11 +530,18 @@ class LineSearch(FusedOptimizer):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._OWN}}
+        """Leaves out `module` and `process_group`: a copy finds its own, as if none were given."""
+        names = ("_numbers", "_settings", "rate_factor", "last_search")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        """What belongs to the former state."""
         self.__dict__.pop("_directions", None)
+        self._halves, self._written = (), {}
         self._shown = [group["lr"] for group in self.param_groups]
 
 
@@ -524,11 +552,11 @@ def _scale(grad_scaler: Any) -> Callable[[Tensor], Any]:
 def check_number(
     name: str, value: Any, low: float, high: float = math.inf, open_end: bool = False
 ) -> None:
-    is_in = low < value < high if open_end else low <= value < high
-    if not is_in:
+    is_number = isinstance(value, int | float)
+    if not is_number or not (low < value < high if open_end else low <= value < high):
         bound = f"{'above' if open_end else 'at least'} {low}"
         bound += f" and below {high}" if high < math.inf else " and finite"
-        raise ValueError(f"{name} must be {bound}, got {value!r}")
+        raise ValueError(f"{name} must be a number {bound}, got {value!r}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -233,10 +233,17 @@ class Buffers:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Undoes what a trial has done to them, in place."""
+        """Undoes what a trial has done to them, in place.
+
+        Also lets go of whole weights that FSDP2 keeps after a forward pass without a backward pass:
+        the next one would see them, not the shards of then.
+        """
+        for part in self._modules.values():
+            reshard: Callable[[], None] | None = getattr(part, "reshard", None)
+            if reshard is not None and hasattr(part, "unshard"):
+                reshard()
         if not self._saved:
             return
         for part, name, buffer, _ in self._saved:
             part._buffers[name] = buffer
-        buffers, copies = ([s[i] for s in self._saved] for i in (2, 3))
-        torch._foreach_copy_(buffers, copies)
+        torch._foreach_copy_([s[2] for s in self._saved], [s[3] for s in self._saved])

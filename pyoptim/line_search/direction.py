@@ -56,7 +56,7 @@ class _Row:
 
     @property
     def step(self) -> float:
-        return float(self.entry["step"]) + self.group.get("bias_offset", 0)
+        return float(self.entry["step"]) + float(self.group.get("bias_offset", 0))
 
     def state(self, name: str) -> Tensor:
         return _local(self.entry[name])
@@ -75,7 +75,7 @@ class _Row:
 
     def correction(self, which: int) -> float:
         is_corrected = self.group["base"] in CORRECTED
-        return 1.0 - self.group["betas"][which] ** self.step if is_corrected else 1.0
+        return 1.0 - float(self.group["betas"][which]) ** self.step if is_corrected else 1.0
 
     def denominator(self) -> Tensor | float:
         """1/D."""
@@ -84,7 +84,8 @@ class _Row:
             return 1.0
         names = {"adagrad": "sum", "amsgrad": "max_exp_avg_sq"}
         v = self.state(names.get(base, "exp_avg_sq")).to(self.compute)
-        return sqrt(v) * (1 / self.correction(1) ** 0.5) + eps
+        root: Tensor = sqrt(v) * (1 / self.correction(1) ** 0.5)
+        return root + float(eps)
 
     def momentum(self) -> Tensor:
         """m, before bias correction."""
@@ -100,6 +101,9 @@ class _Row:
         if self.group["use_mv"]:
             return self.momentum() / self.momentum_correction() / self.denominator()
         return self.gradient() / self.denominator()
+
+    def point(self, eta: float) -> Tensor:
+        return self.weight() - float(eta * self.group["lr_scale"]) * self.direction()
 
 
 class ReferenceDirection:
@@ -117,13 +121,15 @@ class ReferenceDirection:
             step, exp_avg, exp_avg_sq, max_exp_avg_sq, sum, momentum_buffer. Where there is a
             master_param (float32), steps start there and the parameter is its rounding.
 
-    `start` keeps the former moments until the next call of `finish`, `undo` or `start`: one copy.
+    A search begins with `start` and ends with `finish`, `accept` or `undo`. The former moments are
+    kept until then, the saved weights stay allocated between steps.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._copies: dict[int, Tensor] = {}  # saved weights by id of the parameter
         self._rows: list[_Row] = []
+        self._eta = 0.0  # of the point where the parameters are
 
     @torch.no_grad()
     def start(self, eta: float, grad_factor: float | Tensor = 1.0) -> Tensor:
@@ -157,13 +163,23 @@ class ReferenceDirection:
     def trial(self, eta: float) -> None:
         """Writes saved - eta*r*d."""
         for row in self._rows:
-            _write(row, row.weight() - (eta * row.group["lr_scale"]) * row.direction())
+            _write(row, row.point(eta))
+        self._eta = eta
 
     @torch.no_grad()
     def finish(self, eta: float) -> None:
         """Makes the step: saved*(1 - weight_decay*eta*r) - eta*r*D*m_hat."""
         for row in self._rows:
             _step(row, eta)
+        self._rows = []
+
+    @torch.no_grad()
+    def accept(self) -> None:
+        """Ends the search where the parameters are: at the last trial point, or restored."""
+        for row in self._rows:
+            master = row.entry.get("master_param")
+            if master is not None and self._eta != 0.0:
+                _local(master).copy_(row.point(self._eta))
         self._rows = []
 
     @torch.no_grad()
@@ -180,6 +196,7 @@ class ReferenceDirection:
         for row in self._rows:
             assert row.saved is not None
             _write(row, row.saved)
+        self._eta = 0.0
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -311,7 +328,7 @@ def _slope(row: _Row) -> Tensor:
         # Two rows at least, or torch would split the sum among its threads.
         sums = products[:whole].view(-1, _CHUNK // 2).sum(1)
         tail = tail + sums.view(-1, 2).sum(1).cumsum(0)[-1]
-    return tail * (row.group["lr_scale"] * shards(row.key))
+    return tail * float(row.group["lr_scale"] * shards(row.key))
 
 
 def shards(param: Tensor) -> int:

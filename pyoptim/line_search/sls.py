@@ -13,7 +13,20 @@ from pyoptim.line_search.base import LineSearch, Search, check_choice, check_num
 
 # What is stepped with where no trial was accepted.
 _FALLBACK = 1e-6
-_MAX_TRIALS = 100
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The constants of a search; `stretch` is Goldstein's."""
+
+    growth: float
+    init_step_size: float
+    c: float
+    shrink: float
+    reset_option: int
+    max_step_size: float | None = None
+    stretch: float | None = None
+    max_trials: int = 100
 
 
 @dataclass
@@ -26,44 +39,44 @@ class Numbers:
     n_trials: int = 0
 
 
+def _settings(
+    n_batches_per_epoch: float,
+    init_step_size: float,
+    c: float,
+    beta_b: float,
+    gamma: float,
+    reset_option: int,
+    **more: Any,
+) -> Settings:
+    check_number("n_batches_per_epoch", n_batches_per_epoch, 0.0, open_end=True)
+    check_number("init_step_size", init_step_size, 0.0, open_end=True)
+    check_number("c", c, 0.0)
+    check_number("beta_b", beta_b, 0.0, 1.0, open_end=True)
+    check_number("gamma", gamma, 1.0)
+    check_choice("reset_option", reset_option, (0, 1, 2))
+    growth = gamma ** (1.0 / n_batches_per_epoch)
+    return Settings(growth, init_step_size, c, beta_b, reset_option, **more)
+
+
 class _Stochastic(LineSearch):
     """A search at every step, by the losses of that step alone."""
 
-    def _keep(
-        self,
-        n_batches_per_epoch: float,
-        init_step_size: float,
-        c: float,
-        beta_b: float,
-        gamma: float,
-        reset_option: int,
-    ) -> None:
-        check_number("n_batches_per_epoch", n_batches_per_epoch, 0.0, open_end=True)
-        check_number("init_step_size", init_step_size, 0.0, open_end=True)
-        check_number("c", c, 0.0)
-        check_number("beta_b", beta_b, 0.0, 1.0, open_end=True)
-        check_number("gamma", gamma, 1.0)
-        check_choice("reset_option", reset_option, (0, 1, 2))
-        self._growth = gamma ** (1.0 / n_batches_per_epoch)
-        self._initial, self._c, self._shrink = init_step_size, c, beta_b
-        self._reset_option = reset_option
-
-    _OWN = (*LineSearch._OWN, "_growth", "_initial", "_c", "_shrink", "_reset_option", "_max_size")
-    _max_size: float | None = None
+    _numbers: Numbers
+    _settings: Settings
 
     def _is_due(self) -> bool:
         return True
 
     def _first_trial(self) -> float:
-        n = self._numbers
-        size = {0: n.step_size, 1: n.step_size * self._growth, 2: self._initial}[self._reset_option]
-        return float(size if self._max_size is None else min(size, self._max_size))
+        last, own = self._numbers.step_size, self._settings
+        size = {0: last, 1: last * own.growth, 2: own.init_step_size}[own.reset_option]
+        return size if own.max_step_size is None else min(size, own.max_step_size)
 
     def _judge(self, step_size: float, loss: float, slope: float, trial: float) -> float | None:
         # In the order of the official code, so that rounding decides the same.
-        if trial - (loss - step_size * self._c * slope) <= 0:
+        if trial - (loss - step_size * self._settings.c * slope) <= 0:
             return None
-        return step_size * self._shrink
+        return step_size * self._settings.shrink
 
 
 class SLS(_Stochastic):
@@ -121,18 +134,21 @@ class SLS(_Stochastic):
         module: Module | None = None,
         process_group: Any = None,
     ) -> None:
-        self._keep(n_batches_per_epoch, init_step_size, c, beta_b, gamma, reset_option)
         check_choice("line_search_fn", line_search_fn, ("armijo", "goldstein"))
         check_number("beta_f", beta_f, 1.0, open_end=True)
         check_number("eta_max", eta_max, 0.0, open_end=True)
-        self._stretch = beta_f if line_search_fn == "goldstein" else None
-        self._max_size = eta_max if self._stretch and bound_step_size else None
+        is_goldstein = line_search_fn == "goldstein"
+        settings = _settings(
+            *(n_batches_per_epoch, init_step_size, c, beta_b, gamma, reset_option),
+            max_step_size=eta_max if is_goldstein and bound_step_size else None,
+            stretch=beta_f if is_goldstein else None,
+        )
         options = {"base": "sgd", "betas": (0.0, 0.0), "eps": 0.0, "momentum": 0.0, "use_mv": False}
         self._prepare(
             params,
             {**options, "weight_decay": weight_decay},
+            settings,
             Numbers(init_step_size),
-            _MAX_TRIALS,
             state_dtype=state_dtype,
             backend=backend,
             max_grad_norm=max_grad_norm,
@@ -141,20 +157,18 @@ class SLS(_Stochastic):
             process_group=process_group,
         )
 
-    _OWN = (*_Stochastic._OWN, "_stretch")
-
     def _is_searchable(self, loss: float, slope: float) -> bool:
         return slope >= 1e-16  # a norm of 1e-8
 
     def _judge(self, step_size: float, loss: float, slope: float, trial: float) -> float | None:
-        shorter = super()._judge(step_size, loss, slope, trial)
-        if shorter is not None or self._stretch is None:
+        shorter, own = super()._judge(step_size, loss, slope, trial), self._settings
+        if shorter is not None or own.stretch is None:
             return shorter
-        if trial - (loss - step_size * (1 - self._c) * slope) >= 0:
+        if trial - (loss - step_size * (1 - own.c) * slope) >= 0:
             return None
-        longer = step_size * self._stretch
-        if self._max_size is not None:
-            longer = min(longer, self._max_size)
+        longer = step_size * own.stretch
+        if own.max_step_size is not None:
+            longer = min(longer, own.max_step_size)
         return longer if longer > step_size else None
 
     def _settle(self, search: Search, next_size: float) -> tuple[str, float]:
@@ -187,8 +201,8 @@ class AdaSLS(_Stochastic):
 
     State per param: step, exp_avg (with momentum), exp_avg_sq or sum, max_exp_avg_sq (amsgrad).
     Raises: ValueError for an option out of range.
-    Source: Vaswani et al., arXiv:2006.06835. Differs from the official code as `SLS`; as there, 1e-6
-    is used and kept after 100 rejections.
+    Source: Vaswani et al., arXiv:2006.06835. Differs from the official code as `SLS`; as there,
+    1e-6 is used and kept after 100 rejections.
     """
 
     def __init__(
@@ -214,17 +228,19 @@ class AdaSLS(_Stochastic):
         module: Module | None = None,
         process_group: Any = None,
     ) -> None:
-        self._keep(n_batches_per_epoch, init_step_size, c, beta_b, gamma, reset_option)
         check_choice("base_opt", base_opt, ("adagrad", "rmsprop", "adam", "amsgrad"))
         if eta_max is not None:
             check_number("eta_max", eta_max, 0.0, open_end=True)
-        self._max_size = eta_max
+        settings = _settings(
+            *(n_batches_per_epoch, init_step_size, c, beta_b, gamma, reset_option),
+            max_step_size=eta_max,
+        )
         options = {"base": base_opt, "betas": (momentum, beta), "eps": eps, "momentum": 0.0}
         self._prepare(
             params,
             {**options, "weight_decay": weight_decay, "use_mv": False},
+            settings,
             Numbers(init_step_size),
-            _MAX_TRIALS,
             state_dtype=state_dtype,
             backend=backend,
             max_grad_norm=max_grad_norm,

@@ -51,8 +51,11 @@ class Problem:
 
 
 OFFICIAL = {
-    **{"decrease": "avg_decrease", "slope": "avg_gradient_norm"},
-    **{"fast": "ema_fast", "slow": "ema_slow", "since": "since_last_search"},
+    "decrease": "avg_decrease",
+    "slope": "avg_gradient_norm",
+    "fast": "ema_fast",
+    "slow": "ema_slow",
+    "since": "since_last_search",
 }
 SALSA: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "salsa_released_default": ({"variant": "release"}, OFFICIAL),
@@ -67,19 +70,25 @@ SALSA: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 }
 
 
+parametrize_backends = pytest.mark.parametrize("backend", ["reference", "auto"])
+
+
+@parametrize_backends
 @pytest.mark.parametrize("name", SALSA)
-def test_salsa_runs_are_reproduced(name: str) -> None:
+def test_salsa_runs_are_reproduced(name: str, backend: str) -> None:
     options, keys = SALSA[name]
     problem = Problem(name)
-    problem.check(SaLSa(problem.params, backend="reference", **options), keys, 1e-12)
+    problem.check(SaLSa(problem.params, backend=backend, **options), keys, 1e-12)
 
 
-def test_the_sls_run_is_reproduced() -> None:
+@parametrize_backends
+def test_the_sls_run_is_reproduced(backend: str) -> None:
     problem = Problem("sls_armijo")
-    problem.check(SLS(problem.params, n_batches_per_epoch=5, backend="reference"), {}, 1e-12)
+    problem.check(SLS(problem.params, n_batches_per_epoch=5, backend=backend), {}, 1e-12)
 
 
-def test_the_adasls_run_is_reproduced() -> None:
+@parametrize_backends
+def test_the_adasls_run_is_reproduced(backend: str) -> None:
     problem = Problem("adasls_adam")
     options: dict[str, Any] = {"n_batches_per_epoch": 5, "base_opt": "adam", "momentum": 0.9}
-    problem.check(AdaSLS(problem.params, **options, backend="reference"), {}, 1e-12)
+    problem.check(AdaSLS(problem.params, **options, backend=backend), {}, 1e-12)
