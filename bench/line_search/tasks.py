@@ -85,7 +85,7 @@ def next_characters() -> Data:
         text = torch.cat(found)
         return text[:, :-1], text[:, 1:]
 
-    return _texts("characters of Python code", part, batch=32, rows=(3200, 600, 600))
+    return _texts("characters of Python code", part, batch=16, rows=(1600, 600, 600))
 
 
 def token_kinds() -> Data:
@@ -144,11 +144,11 @@ TASKS: dict[str, Task] = {
     ),
     "text": Task(
         *("transformer on text", "accuracy", next_characters, lambda _: Transformer()),
-        *(sequence_loss, accuracy, 6),
+        *(sequence_loss, accuracy, 4),
     ),
     "sequences": Task(
         *("GRU on text", "accuracy", token_kinds, lambda _: Recurrent()),
-        *(sequence_loss, accuracy, 6),
+        *(sequence_loss, accuracy, 4),
     ),
 }
 
