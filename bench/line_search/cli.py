@@ -15,7 +15,7 @@ from ..arc.results import Results
 from ..report import replace_section
 from . import report
 from .methods import METHODS
-from .runner import overhead, study
+from .runner import overhead, stacked, study
 from .tasks import TASKS
 
 
@@ -41,6 +41,11 @@ def parser() -> argparse.ArgumentParser:
         help="measure the time beyond Adam's, on a machine with nothing else to do, and no quality",
     )
     result.add_argument(
+        "--stacked",
+        action="store_true",
+        help="measure several trials in one pass of stacked weights, likewise, and no quality",
+    )
+    result.add_argument(
         "--write", type=Path, metavar="MD", help="put the tables between the markers of a file"
     )
     return result
@@ -54,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.overhead:
             overhead(*chosen)
+        elif options.stacked:
+            stacked(results)
         elif not options.report:
             study(*chosen, options.workers)
         _show(results, options.write)

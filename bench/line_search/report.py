@@ -52,6 +52,8 @@ def report(sections: Sections) -> str:
     parts += [_section(sections, task) for task in shown]
     if sections.get("overhead"):
         parts.append(_overhead(sections))
+    if sections.get("stacked"):
+        parts.append(_stacked(sections))
     return "\n\n".join(parts) or "no results"
 
 
@@ -112,6 +114,16 @@ def _overhead(sections: Sections) -> str:
         lines.append([method, task, *(f"{100 * s:.1f} %" for s in shares), f"{trials:.2f}"])
     head = ["method", "task", "first epoch", "after it", "whole", "trials per step"]
     title = "**Time beyond the same training with pyoptim's Adam**, medians over seeds"
+    return f"{title}\n\n{markdown_table(head, lines)}"
+
+
+def _stacked(sections: Sections) -> str:
+    lines = []
+    for key, row in sections["stacked"].items():
+        task, n = key.split(" | ")
+        lines.append([task, n, f"{row['ms in a row']:.2f}", f"{row['share']:.2f}"])
+    head = ["task", "trials", "in a row, ms", "at once, times that"]
+    title = "**Several trials in one forward pass of stacked weights**"
     return f"{title}\n\n{markdown_table(head, lines)}"
 
 

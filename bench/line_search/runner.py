@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from ..arc.results import Results
 from ..study.runner import Progress
 from ..study.runner import _map as run_all
+from . import stacked as stacks
 from .methods import METHODS
 from .overhead import OVERHEAD_TASKS, measure
 from .train import Job, Row, run, tune
@@ -38,6 +39,11 @@ def overhead(tasks: Sequence[str], methods: Sequence[str], seeds: int, results: 
         if method.startswith("SaLSa")
     }
     _fill(results, "overhead", measure, jobs, 1)
+
+
+def stacked(results: Results) -> None:
+    """What several trials in one pass take."""
+    _fill(results, "stacked", stacks.measure, dict(stacks.jobs()), 1)
 
 
 def _fill(

@@ -20,7 +20,7 @@ from .tasks import TASKS, Data, Task, load
 
 Row = dict[str, Any]
 TUNING_SEED = 1000  # no seed of the study
-MARKS = 20  # points of a curve
+MARKS = 10  # points of a curve
 MOST_EXAMPLES = 3000  # of the training part, to evaluate the loss at the end
 
 
