@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyoptim.bench.arc.results import Results
-from pyoptim.bench.line_search import methods, overhead, report, runner, tasks, train
+from pyoptim.bench.line_search import methods, overhead, report, runner, stacked, tasks, train
 from pyoptim.bench.line_search.tasks import TASKS
 from pyoptim.bench.study.data import Data
 
@@ -24,6 +24,7 @@ def tiny_table() -> Data:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "load", lambda name: tiny_table())
     monkeypatch.setattr(overhead, "load", lambda name: tiny_table())
+    monkeypatch.setattr(stacked, "load", lambda name: tiny_table())
 
 
 def run(results: Results, seeds: int = 1) -> None:
@@ -55,6 +56,20 @@ def test_tables_and_plot_show_every_method(tmp_path: Path) -> None:
     assert all(f"| {name} |" in text for name in FEW)
     assert "beyond the same training" in text
     assert report.draw(results.sections, tmp_path / "plot.png").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("tiny")
+def test_stacked_trials_have_the_losses_of_one_by_one(tmp_path: Path) -> None:
+    results = Results(tmp_path / "rows.json")
+    row = results.once("stacked", "images | 3", lambda: stacked.measure("table", 3))
+    assert row["share"] > 0
+    assert "| images | 3 |" in report.report(results.sections)
+    found = tiny_table()
+    network = TASKS["table"].network(found)
+    ways = (stacked.one_by_one, stacked.at_once)
+    alone, together = (way(network, TASKS["table"], *found.train, 3)() for way in ways)
+    assert together.shape == (3,)
+    torch.testing.assert_close(alone, together)
 
 
 def test_a_diverged_training_is_named() -> None:
