@@ -241,14 +241,15 @@ class LineSearch(FusedOptimizer):
         if self._has_overflow(grad_scaler):
             return loss
         factor = self._grad_factor()
-        self._fill_masters(may_be_new=False)
-        numbers = dataclasses.replace(self._numbers)
+        if self._halves:
+            self._fill_masters(may_be_new=False)
+        numbers = vars(self._numbers).copy()  # for a tenth of the time of dataclasses.replace
         try:
             self._count(False)
             step_size = self._plain_step_size()
             self._direction.plain(step_size * self._damping, factor)
         except BaseException:
-            self._numbers = numbers
+            vars(self._numbers).update(numbers)
             raise
         self._end(step_size)
         return loss
@@ -545,8 +546,8 @@ class LineSearch(FusedOptimizer):
         self._shown = [group["lr"] for group in self.param_groups]
 
 
-def _scale(grad_scaler: Any) -> Callable[[Tensor], Any]:
-    return (lambda loss: loss) if grad_scaler is None else grad_scaler.scale
+def _scale(grad_scaler: Any) -> Callable[[Tensor], Any] | None:
+    return None if grad_scaler is None else grad_scaler.scale
 
 
 def check_number(

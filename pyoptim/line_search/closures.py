@@ -32,8 +32,9 @@ class Evaluation:
     """
 
     def __init__(self, closure: Closure | Sequence[Closure], params: list[Tensor]) -> None:
-        self._parts = list(closure) if isinstance(closure, Sequence) else [closure]
-        if not self._parts or not all(callable(part) for part in self._parts):
+        # A function first: to ask whether something is a Sequence takes longer.
+        self._parts = [closure] if callable(closure) else _listed(closure)
+        if not self._parts or not all(map(callable, self._parts)):
             raise TypeError(
                 f"closure must be a function that returns the loss, or a non-empty list of them, "
                 f"one for each micro-batch; got {closure!r}"
@@ -46,22 +47,25 @@ class Evaluation:
             )
         self._params = params
 
-    def with_gradients(self, scale: Callable[[Tensor], Any]) -> Tensor:
+    def with_gradients(self, scale: Callable[[Tensor], Any] | None = None) -> Tensor:
         """Returns the loss, detached; the gradients are in the parameters, which had none.
 
         Args:
             scale: what multiplies the loss before its backward pass, such as GradScaler.scale.
         """
-        with torch.enable_grad():
+        if torch.is_grad_enabled():  # as nearly always; a context takes microseconds
             losses = [self._backward(part, scale) for part in self._parts]
-            if all(p.grad is None for p in self._params):
-                raise RuntimeError(
-                    "the closure gave no parameter of this optimizer a gradient; return a loss "
-                    "that depends on them"
-                )
+        else:
+            with torch.enable_grad():
+                losses = [self._backward(part, scale) for part in self._parts]
+        if all(p.grad is None for p in self._params):
+            raise RuntimeError(
+                "the closure gave no parameter of this optimizer a gradient; return a loss "
+                "that depends on them"
+            )
         return _mean(losses)
 
-    def _backward(self, part: Closure, scale: Callable[[Tensor], Any]) -> Tensor:
+    def _backward(self, part: Closure, scale: Callable[[Tensor], Any] | None) -> Tensor:
         n = len(self._parts)
         if self._keyword:
             return _checked(part(**{self._keyword: True})).detach()
@@ -74,7 +78,8 @@ class Evaluation:
                 "the loss that the closure returned does not require grad; return it as computed, "
                 "without detach() or torch.no_grad()"
             )
-        scale(loss if n == 1 else loss / n).backward()
+        share = loss if n == 1 else loss / n
+        (share if scale is None else scale(share)).backward()
         return loss.detach()
 
     def trial(self) -> Tensor:
@@ -95,6 +100,10 @@ class Evaluation:
         finally:
             torch.clear_autocast_cache()
         return _mean(losses)
+
+
+def _listed(closures: Any) -> list[Closure]:
+    return list(closures) if isinstance(closures, Sequence) else [closures]
 
 
 def _keyword(closure: Closure) -> str | None:

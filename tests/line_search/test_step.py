@@ -288,6 +288,24 @@ def test_a_closure_that_raises_in_a_trial(kind: str, n_before: int) -> None:
     assert optimizer.n_searches == n_before + 1
 
 
+@pytest.mark.parametrize("kind", ["salsa", "release", "paper"])
+def test_a_step_without_a_search_that_raises(kind: str) -> None:
+    model = make_model()
+    optimizer = KINDS[kind](model.parameters(), search_interval=1000)
+    train(model, optimizer, 12)
+    last = list(model.parameters())[-1]
+    whole = optimizer.state[last]["exp_avg_sq"]
+    optimizer.state[last]["exp_avg_sq"] = whole[:-1].clone()
+    before, numbers = snapshot(optimizer), numbers_of(optimizer)
+    with pytest.raises(RuntimeError, match="exp_avg_sq"):
+        train(model, optimizer, 1)
+    assert_unchanged(optimizer, before)
+    assert numbers_of(optimizer) == numbers
+    optimizer.state[last]["exp_avg_sq"] = whole
+    train(model, optimizer, 1)
+    assert optimizer._numbers.step == 13
+
+
 def test_a_twin_that_never_failed_goes_the_same_way() -> None:
     one, two = make_model(dropout=0.5), make_model(dropout=0.5)
     whole, failing = SaLSa(one.parameters()), SaLSa(two.parameters())
