@@ -38,24 +38,16 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass: bytes per element of float32, and the loop that it is compared with.
-
-    Args:
-        loop: read-only and read-write arrays of the loop, whose bytes may be fewer.
-    """
+    """One pass, and the loop of its mix: read-only and read-write arrays."""
 
     name: str
-    nbytes: int
+    nbytes: int  # per element of float32
     loop: tuple[int, int]
-
-    @property
-    def loop_bytes(self) -> int:
-        return 4 * (self.loop[0] + 2 * self.loop[1])
 
 
 PASSES = (
     Pass("start", 20, (1, 2)),  # p, g, v; p, saved
-    Pass("trial", 16, (1, 1)),  # saved, g, v; p: no loop reads three arrays and writes one
+    Pass("trial", 16, (2, 1)),  # saved, g, v; p
     Pass("finish", 28, (1, 3)),  # saved, g, m, v; p, m, v
     Pass("plain", 28, (1, 3)),
 )
@@ -71,9 +63,11 @@ class Owner(torch.optim.Optimizer):
 
 
 class ReleasedSaLSa:
-    """A searched step of the released `SaLSA`, tensor by tensor as its authors' program makes it.
+    """A searched step of the released `SaLSA`, tensor by tensor, every formula as it is written.
 
-    Trials are accepted as they come: what is measured is what they cost.
+    Its tensor operations move 208 bytes per element of float32 with one trial and 72 for each
+    further one, somewhat less than the 236 and 76 counted in the authors' program. Trials are
+    accepted as they come: what is measured is what they cost.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
@@ -88,13 +82,14 @@ class ReleasedSaLSa:
         self.t += 1
         start = copy.deepcopy([p.data for p in self.params])
         beta1, beta2 = BETAS
-        for p, m, v in zip(self.params, self.m, self.v, strict=True):
+        for i, p in enumerate(self.params):
             g = self._grad(p)
-            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            m.mul_(beta1).add_(g, alpha=1 - beta1)
+            self.v[i] = beta2 * self.v[i] + (1 - beta2) * g**2
+            self.m[i] = beta1 * self.m[i] + (1 - beta1) * g
         norm = torch.zeros(())
-        for p, v in zip(self.params, self.v, strict=True):
-            norm += (self._grad(p).square() / self._denominator(v)).sum()
+        for i, p in enumerate(self.params):
+            _, d = self._corrected(i)
+            norm += (self._grad(p) ** 2 * d).sum()
         for k in range(trials):
             self._try(start, ETA * 0.8**k)
         if bool(torch.isnan(self.params[0].view(-1)[:1]).any()):
@@ -102,11 +97,14 @@ class ReleasedSaLSa:
         return float(norm)
 
     def _try(self, start: list[Tensor], eta: float) -> None:
-        for p, w, v in zip(self.params, start, self.v, strict=True):
-            p.data = w - eta * (self._grad(p) / self._denominator(v))
+        for i, (p, w) in enumerate(zip(self.params, start, strict=True)):
+            _, d = self._corrected(i)
+            p.data = w - eta * d * self._grad(p)
 
-    def _denominator(self, v: Tensor) -> Tensor:
-        return (v / (1 - BETAS[1] ** (self.t + 1))).sqrt() + EPS
+    def _corrected(self, i: int) -> tuple[Tensor, Tensor]:
+        """m_hat and D, both of which every trial computes anew, whichever it needs."""
+        m = self.m[i] / (1 - BETAS[0] ** (self.t + 1))
+        return m, 1 / (torch.sqrt(self.v[i] / (1 - BETAS[1] ** (self.t + 1))) + EPS)
 
     @staticmethod
     def _grad(param: Tensor) -> Tensor:
@@ -133,8 +131,7 @@ def measure(workload: Workload, reps: int, seconds: float) -> dict[str, Any]:
     for own in PASSES:
         loop = times.get(_loop_name(own))
         if loop:
-            scaled = [seconds * own.nbytes / own.loop_bytes for seconds in loop]
-            row["over_loop"][own.name] = vars(pairwise(times[own.name], scaled))
+            row["over_loop"][own.name] = vars(pairwise(times[own.name], loop))
     for trials in (1, 2):
         ours, theirs = times[f"ours, {trials}"], times[f"released, {trials}"]
         row["released_over_ours"][str(trials)] = vars(pairwise(theirs, ours))

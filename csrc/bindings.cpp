@@ -27,6 +27,7 @@ py::dict rule_info(const std::string& name) {
   info["hyper_names"] = py::tuple(hypers);
   info["state_names"] = py::tuple(variants);
   info["counts_steps"] = rule.counts_steps;
+  info["has_master"] = rule.has_master;
   return info;
 }
 
@@ -114,8 +115,8 @@ void stream(const std::vector<uintptr_t>& read_only,
             int64_t numel,
             int itemsize,
             int num_threads) {
-  if (read_only.size() > 1 || read_write.empty() || read_write.size() > 4) {
-    throw py::value_error("stream: at most 1 read-only array and 1 to 4 read-write arrays");
+  if (read_only.size() > 2 || read_write.empty() || read_write.size() > 4) {
+    throw py::value_error("stream: at most 2 read-only arrays and 1 to 4 read-write arrays");
   }
   if (itemsize != 2 && itemsize != 4 && itemsize != 8)
     throw py::value_error("stream: itemsize must be 2, 4 or 8");

@@ -67,8 +67,8 @@ struct ProjectKernels;  // of cpu/project.hpp
 // next: the row whose first elements are wanted soon, or null.
 using UpdateKernel = void (*)(
     const TableRow& row, const void* hyper, int64_t begin, int64_t end, const TableRow* next);
-// As UpdateKernel over one chunk of reduce::kChunk elements or less, from its first to its last; the
-// row's saved is written, and the sum of the rule's terms returned.
+// As UpdateKernel over one chunk of reduce::kChunk elements or less, from its first to its last;
+// the row's saved is written, and the sum of the rule's terms returned.
 using SumKernel = double (*)(
     const TableRow& row, const void* hyper, int64_t begin, int64_t end, const TableRow* next);
 using UnscaleKernel = void (*)(void* grad, double inv_scale, int64_t begin, int64_t end);

@@ -29,8 +29,7 @@ inline std::vector<ChunkCut> cut_chunks(const std::vector<int64_t>& numels) {
         cuts.push_back({t, c, index});
         filled = 0;
       }
-      filled += std::clamp<int64_t>(
-          numels[t] - c * reduce::kChunk, reduce::kLanes, reduce::kChunk);
+      filled += std::clamp<int64_t>(numels[t] - c * reduce::kChunk, reduce::kLanes, reduce::kChunk);
     }
   }
   cuts.push_back({numels.size(), 0, index});

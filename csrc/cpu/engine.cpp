@@ -3,6 +3,9 @@
 
 #include <dlfcn.h>
 #include <pthread.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -19,11 +22,23 @@ const KernelTable& kernels_avx512();
 const KernelTable& kernels_avx512_bf16();
 #endif
 
+namespace {
+
+int64_t prefetch_bytes() {
 #if defined(__x86_64__)
-const int64_t kPrefetchBytes = (__builtin_cpu_init(), __builtin_cpu_is("intel")) ? 1024 : 512;
-#else
-const int64_t kPrefetchBytes = 512;
+  __builtin_cpu_init();
+  if (__builtin_cpu_is("intel")) return 1024;
+  constexpr unsigned kZen5 = 0x1a;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool is_known = __builtin_cpu_is("amd") && __get_cpuid(1, &a, &b, &c, &d);
+  if (is_known && (a >> 8 & 0xfu) + (a >> 20 & 0xffu) == kZen5) return 2048;
 #endif
+  return 512;
+}
+
+}  // namespace
+
+const int64_t kPrefetchBytes = prefetch_bytes();
 
 namespace {
 

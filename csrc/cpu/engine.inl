@@ -120,6 +120,14 @@ void unscale_segment(void* grad, double inv_scale, int64_t begin, int64_t end) {
   for (; i < end; ++i) store(g[i], load(g[i]) * factor);
 }
 
+// What a loop adds to its read-write arrays.
+template <int R, class X, class E>
+PYOPTIM_HD X stream_sum(const E* const* r, int64_t i) {
+  if constexpr (R == 0) return X{} + E(1);
+  if constexpr (R == 1) return load_as<X>(r[0] + i);
+  if constexpr (R == 2) return load_as<X>(r[0] + i) + load_as<X>(r[1] + i);
+}
+
 template <class E, class Vector>
 PYOPTIM_HD void stream_add(E* to, Vector x) {
   store_as(to, load_as<Vector>(to) + x);
@@ -131,19 +139,21 @@ template <class E, int R, int W>
 void stream_arrays(void* const* read_only, void* const* read_write, int64_t begin, int64_t end) {
   using Vector = typename VectorOf<E>::type;
   constexpr int64_t kLanes = kVectorBytes / sizeof(E);
-  const E* const r = static_cast<const E*>(R ? read_only[0] : read_write[0]);
+  const E* r[2] = {};
+  for (int k = 0; k < R; ++k) r[k] = static_cast<const E*>(read_only[k]);
   E* w[4];
   for (int k = 0; k < W; ++k) w[k] = static_cast<E*>(read_write[k]);
   int64_t i = begin;
   for (; i + kLanes <= end; i += kLanes) {
-    const Vector x = R ? load_as<Vector>(r + i) : Vector{} + E(1);
+    const Vector x = stream_sum<R, Vector>(r, i);
     stream_add(w[0] + i, x);
     if constexpr (W > 1) stream_add(w[1] + i, x);
     if constexpr (W > 2) stream_add(w[2] + i, x);
     if constexpr (W > 3) stream_add(w[3] + i, x);
   }
   for (; i < end; ++i) {
-    for (int k = 0; k < W; ++k) w[k][i] = static_cast<E>(w[k][i] + (R ? r[i] : E(1)));
+    const E x = stream_sum<R, E>(r, i);
+    for (int k = 0; k < W; ++k) w[k][i] = static_cast<E>(w[k][i] + x);
   }
 }
 
@@ -155,14 +165,18 @@ void stream_items(void* const* read_only,
                   int64_t begin,
                   int64_t end) {
   using Loop = void (*)(void* const*, void* const*, int64_t, int64_t);
-  constexpr Loop kLoops[2][4] = {{stream_arrays<E, 0, 1>,
+  constexpr Loop kLoops[3][4] = {{stream_arrays<E, 0, 1>,
                                   stream_arrays<E, 0, 2>,
                                   stream_arrays<E, 0, 3>,
                                   stream_arrays<E, 0, 4>},
                                  {stream_arrays<E, 1, 1>,
                                   stream_arrays<E, 1, 2>,
                                   stream_arrays<E, 1, 3>,
-                                  stream_arrays<E, 1, 4>}};
+                                  stream_arrays<E, 1, 4>},
+                                 {stream_arrays<E, 2, 1>,
+                                  stream_arrays<E, 2, 2>,
+                                  stream_arrays<E, 2, 3>,
+                                  stream_arrays<E, 2, 4>}};
   kLoops[n_read_only][n_read_write - 1](read_only, read_write, begin, end);
 }
 

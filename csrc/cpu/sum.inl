@@ -1,5 +1,5 @@
-// The kernels of the rules that yield a term: an update that also saves what it read and adds up the
-// terms; included once per instruction set.
+// The kernels of the rules that yield a term: an update that also saves what it read and adds up
+// the terms; included once per instruction set.
 #pragma once
 
 #include "cpu/arrays.hpp"

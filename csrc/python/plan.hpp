@@ -121,10 +121,10 @@ constexpr int64_t kKeepGilElements = 1 << 20;
 
 class Plan {
  public:
-  // rows: (param, (states..., master if any), step or None, group, first, engine, live, state dict or None,
-  // active) for every parameter of every group in order; an inactive row is a parameter without a
-  // gradient so far. No two parameters may share memory. guards: group keys whose truth is fixed
-  // while the plan lives. memory: the pyoptim.gpu.Memory of the optimizer.
+  // rows: (param, (states..., master if any), step or None, group, first, engine, live, state dict
+  // or None, active) for every parameter of every group in order; an inactive row is a parameter
+  // without a gradient so far. No two parameters may share memory. guards: group keys whose truth
+  // is fixed while the plan lives. memory: the pyoptim.gpu.Memory of the optimizer.
   Plan(const std::string& rule,
        const py::list& param_groups,
        const py::dict& state,
@@ -200,9 +200,9 @@ class Plan {
     live_grads_.clear();
     lists_ = {PlanLists::or_null(sources), PlanLists::or_null(grads), PlanLists::or_null(saved)};
     sum_ = SumPlace(work_.rule(), sum);
-    const bool collected =
-        is_valid(param_groups, state.ptr()) && collect(param_groups, inv_scale, clip, devices) &&
-        (!sum_ || work_.can_sum(sum_));
+    const bool collected = is_valid(param_groups, state.ptr()) &&
+                           collect(param_groups, inv_scale, clip, devices) &&
+                           (!sum_ || work_.can_sum(sum_));
     if (collected && (sum_ || !work_.empty())) launch();
     sum_ = SumPlace();
     grads_.clear();

@@ -27,6 +27,7 @@ struct Rule {
   bool projects;  // rows of dimension 0
   bool writes_states;
   bool yields_term;
+  bool has_master;
   int n_variants;
   const int* n_states;
   const char* const (*state_names)[kMaxStates];
@@ -57,6 +58,7 @@ Rule make_rule(RuleId id) {
           kProjects<F>,
           kWritesStates<F>,
           kYieldsTerm<F>,
+          kHasMaster<F>,
           F::kVariants,
           F::kStates,
           F::kStateNames,

@@ -1,5 +1,5 @@
-// The step of a line search, and the trial points on its way: the moments of Adam, AMSGrad, RMSprop,
-// Adagrad or SGD, a direction made from them, and a step size that the search chooses.
+// The step of a line search, and the trial points on its way: the moments of Adam, AMSGrad,
+// RMSprop, Adagrad or SGD, a direction made from them, and a step size that the search chooses.
 //
 //   d = g / (sqrt(v)*correction + eps)  or  m / (...), without the quotient for SGD
 //
@@ -53,8 +53,9 @@ struct LineRule {
                                                        "bias_offset",
                                                        "by_momentum"};
   static constexpr bool kCountsSteps = true;
-  static constexpr bool kHasMaster = true;  // runs with a float32 copy of a half-precision parameter
-  static constexpr int kVariants = 6;       // 2*preconditioner + whether m is read
+  static constexpr bool kHasMaster =
+      true;                            // runs with a float32 copy of a half-precision parameter
+  static constexpr int kVariants = 6;  // 2*preconditioner + whether m is read
   static constexpr int kStates[kVariants] = {0, 1, 1, 2, 2, 3};
   static constexpr const char* kStateNames[kVariants][kMaxStates] = {
       {},
@@ -72,11 +73,9 @@ struct LineRule {
   PYOPTIM_HD static Hyper prepare(const double* raw, double step, bool) {
     const double exponent = step + raw[kBiasOffset];
     const bool corrects = raw[kCorrects] != 0, accumulates = raw[kAccumulates] != 0;
-    const double unbias1 = corrects && raw[kByMomentum] != 0
-                               ? 1.0 / (1.0 - std::pow(raw[kBeta1], exponent))
-                               : 1.0;
-    const double unbias2 =
-        corrects ? 1.0 / std::sqrt(1.0 - std::pow(raw[kBeta2], exponent)) : 1.0;
+    const double unbias1 =
+        corrects && raw[kByMomentum] != 0 ? 1.0 / (1.0 - std::pow(raw[kBeta1], exponent)) : 1.0;
+    const double unbias2 = corrects ? 1.0 / std::sqrt(1.0 - std::pow(raw[kBeta2], exponent)) : 1.0;
     Hyper h;
     h.sign = T(1);
     h.decay = static_cast<T>(1.0 - raw[kLr] * raw[kWeightDecay]);

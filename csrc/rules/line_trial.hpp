@@ -1,5 +1,5 @@
-// A trial point of a line search, and the slope of the loss along its direction; as LineRule defines
-// them. States are read, never written, and steps are not counted.
+// A trial point of a line search, and the slope of the loss along its direction; as LineRule
+// defines them. States are read, never written, and steps are not counted.
 #pragma once
 
 #include "rules/line_search.hpp"

@@ -6,12 +6,12 @@
 namespace pyoptim {
 namespace {
 
-#define PYOPTIM_TRAIT(kTrait, otherwise)                             \
-  template <class Rule, class = void>                                \
-  constexpr bool kTrait##OrNot = otherwise;                          \
-  template <class Rule>                                              \
+#define PYOPTIM_TRAIT(kTrait, otherwise)                                                  \
+  template <class Rule, class = void>                                                     \
+  constexpr bool kTrait##OrNot = otherwise;                                               \
+  template <class Rule>                                                                   \
   constexpr bool kTrait##OrNot<Rule, std::void_t<decltype(Rule::kTrait)>> = Rule::kTrait; \
-  template <class Rule>                                              \
+  template <class Rule>                                                                   \
   constexpr bool kTrait = kTrait##OrNot<Rule>;
 
 // Its states are no more than written.

@@ -117,7 +117,8 @@ class FusedDirection:
             if not self._trial.run(factors, grads=grads, saved=search.saved, total=slope):
                 self._start_anew(search, slope)
         except _Unfit as error:
-            return self._reference(str(error)).start(eta, grad_factor)
+            slope = self._reference(str(error)).start(eta, grad_factor)
+            return slope
         search.eta = eta
         self._search = search
         return slope
