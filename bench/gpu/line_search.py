@@ -20,7 +20,7 @@ from pyoptim.line_search.fused import FusedDirection
 
 from ..bench_line_search import ETA, FLOAT32, PASSES, Owner, pass_alone, search
 from ..report import markdown_table
-from ..timing import summarize
+from ..timing import Summary, summarize
 from ..workloads import Workload, make_params, parse
 from .asynchronous import Check, CudaWatch, Watch, check_waiting
 from .device import CudaDevice, Device
@@ -60,10 +60,15 @@ def measure(backend: str, workload: Workload, device: Device, reps: int) -> dict
         row["host_seconds"][name] = asdict(summarize(variant.host))
     for own in PASSES:
         by = own.nbytes / COPY_BYTES
-        copy = [None if seconds is None else seconds * by for seconds in named[COPY].device]
-        over = pairwise_known(named[own.name].device, copy)
+        over = _over(named[own.name].device, named[COPY].device, by)
+        over = over or _over(named[own.name].wall, named[COPY].wall, by)
         row["over_copy"][own.name] = None if over is None else asdict(over)
     return row
+
+
+def _over(times: Sequence[float | None], copy: Sequence[float | None], by: float) -> Summary | None:
+    """Ratios to `by` copies by one clock; None where it is not known."""
+    return pairwise_known(times, [None if t is None else t * by for t in copy])
 
 
 def make_direction(backend: str, workload: Workload, device: Device) -> FusedDirection:

@@ -10,8 +10,9 @@ namespace {
 constexpr int kHypers = 8;  // blocks of hyper-parameters in one launch
 
 // The tensors of one launch, by value. Arrays: param, grad, states, and where terms are added up
-// (kSums) what keeps the parameter, or null, and where the first sum goes. Where parameters are read
-// from copies, those lie in the upper half of the first array, and a launch takes half as many rows.
+// (kSums) what keeps the parameter, or null, and where the first sum goes. Where parameters are
+// read from copies, those lie in the upper half of the first array, and a launch takes half as many
+// rows.
 template <int kStates, bool kSums>
 struct Table {
   static constexpr int kSaved = 2 + kStates, kSumsAt = 3 + kStates;

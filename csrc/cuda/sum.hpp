@@ -109,8 +109,13 @@ struct Terms {
   }
 };
 
+// Blocks that ptxas is to make room for. With 0, its own choice, it put values aside in some
+// kernels over many arrays of 16-bit elements (sm_100, sm_120) rather than take the registers.
+template <class P, int kStates>
+constexpr int kMinSumBlocks = sizeof(P) == 2 && kStates > 1 ? 2 : 0;
+
 template <class Rule, int V, class P, class S, class M>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinSumBlocks<P, Rule::kStates[V]>)
     sum_kernel(const Table<Rule::kStates[V], true> __grid_constant__ table) {
   PYOPTIM_SHARED(double, shared, kLanes + 1);
   if (table.factors.found_inf && *table.factors.found_inf != 0) return;

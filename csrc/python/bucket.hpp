@@ -111,8 +111,8 @@ class Bucket {
     if (is_live) live_rows_.push_back({counter.data, group, counter.is_double});
   }
 
-  // memory is a pyoptim.gpu.Memory; slot tells this bucket from the others of its plan. sums: memory
-  // of the device for the sums of chunks, or None.
+  // memory is a pyoptim.gpu.Memory; slot tells this bucket from the others of its plan. sums:
+  // memory of the device for the sums of chunks, or None.
   void launch(const Rule& rule,
               const HyperCache& hypers,
               const LiveGroups& live,
@@ -137,8 +137,7 @@ class Bucket {
               const py::object& total,
               const py::object& memory) const {
     if (backend == Backend::cuda) {
-      const gpu::Norms work = {
-          reduce::Kind::magnitudes, data_of<double>(sums), &n, 1, total_at};
+      const gpu::Norms work = {reduce::Kind::magnitudes, data_of<double>(sums), &n, 1, total_at};
       gpu::check(gpu::api().norms(queue(memory), work));
     } else {
       memory.attr("triton").attr("add_up")(sums, n, total);

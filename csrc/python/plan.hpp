@@ -200,9 +200,9 @@ class Plan {
     live_grads_.clear();
     lists_ = {PlanLists::or_null(sources), PlanLists::or_null(grads), PlanLists::or_null(saved)};
     sum_ = SumPlace(work_.rule(), sum);
-    const bool collected =
-        is_valid(param_groups, state.ptr()) && collect(param_groups, inv_scale, clip, devices) &&
-        (!sum_ || work_.can_sum(sum_));
+    const bool collected = is_valid(param_groups, state.ptr()) &&
+                           collect(param_groups, inv_scale, clip, devices) &&
+                           (!sum_ || work_.can_sum(sum_));
     if (collected && (sum_ || !work_.empty())) launch();
     sum_ = SumPlace();
     grads_.clear();

@@ -219,8 +219,7 @@ class Work {
     const Bucket* const first = first_bucket();
     if (!first) return sum.device < 0;
     const auto is_elsewhere = [&](const Bucket& bucket) {
-      return !bucket.empty() &&
-             (bucket.backend != first->backend || bucket.device != sum.device);
+      return !bucket.empty() && (bucket.backend != first->backend || bucket.device != sum.device);
     };
     return table_.rows.empty() && std::none_of(buckets_.begin(), buckets_.end(), is_elsewhere);
   }
