@@ -22,7 +22,18 @@ A rule that yields terms has in place of `update`
 and repeats the operations of the C++ header in their order: the results must agree in every bit.
 """
 
-from pyoptim.kernels.rules import adagrad, adam, adamp, ascent, expectigrad, rmsprop, sgd, sgdp
+from pyoptim.kernels.rules import (
+    adagrad,
+    adam,
+    adamp,
+    ascent,
+    expectigrad,
+    line_step,
+    line_trial,
+    rmsprop,
+    sgd,
+    sgdp,
+)
 
 RULES = {
     "sgd": sgd,
@@ -33,4 +44,6 @@ RULES = {
     "ascent": ascent,
     "adamp": adamp,
     "sgdp": sgdp,
+    "line_trial": line_trial,
+    "line_step": line_step,
 }
