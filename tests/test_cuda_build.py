@@ -617,7 +617,8 @@ template __global__ void check_kernel<float>(const float*, const float*, double*
 // Products without tensor cores.
 template <class E, int kParts>
 __global__ void nearest_kernel(float* x) {
-  for (int k = 0; k < 64; ++k) x[threadIdx.x] += x[256 + k] * x[512 + k];
+  for (int k = 0; k < 64; ++k)
+    x[threadIdx.x] = __fadd_rn(x[threadIdx.x], __fmul_rn(x[256 + k], x[512 + k]));
 }
 template __global__ void nearest_kernel<Bf16, 1>(float*);
 
