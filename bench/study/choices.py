@@ -104,10 +104,10 @@ class Scheduled(Constant):
 
 
 class Watching(Constant):
-    """ARC: sees the training losses, and at every mark the validation loss."""
+    """ARC: sees the training losses, and at every mark the validation loss; a mark is its epoch."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.arc = lr_scheduler.ARC(optimizer, interval=1)
+    def __init__(self, optimizer: torch.optim.Optimizer, length: Length) -> None:
+        self.arc = lr_scheduler.ARC(optimizer, epochs=len(length.marks()), interval=1)
 
     def after_step(self, step: int, loss: Tensor) -> None:
         self.arc.record(loss)
@@ -142,7 +142,7 @@ SCHEDULES: dict[str, MakeControl] = {
     "linear": _linear,
     "polynomial": _polynomial,
     "cosine": _cosine,
-    "ARC": lambda optimizer, length: Watching(optimizer),
+    "ARC": Watching,
 }
 IN_PAPER = ("linear", "polynomial", "cosine")
 
