@@ -44,7 +44,7 @@ def _sgd(params: list[Tensor], steps: int, rate: float | None) -> Any:
 
 # Half a decade apart; a best rate at an end of the list would show in the table.
 ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-SGD_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+SGD_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 METHODS: dict[str, Method] = {
     "SaLSa": Method(_searching()),
