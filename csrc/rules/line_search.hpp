@@ -3,7 +3,7 @@
 //
 //   d = g / (sqrt(v)*correction + eps)  or  m / (...), without the quotient for SGD
 //
-// Source: Vaswani et al., arXiv:2006.06835 (AdaSLS); Kenneweg et al., arXiv:2403.18519 (SaLSa).
+// Source: Vaswani et al., arXiv:2006.06835 (AdaSLS); Kenneweg et al., arXiv:2407.20650 (SaLSa).
 // Departures from the authors' programs: the moments are written by the last pass of a step, not by
 // the first: a trial computes them anew from those of the step before, which costs no byte and lets
 // a search be called off without a copy of them.

@@ -117,8 +117,8 @@ class FusedDirection:
             if not self._trial.run(factors, grads=grads, saved=search.saved, total=slope):
                 self._start_anew(search, slope)
         except _Unfit as error:
-            slope = self._reference(str(error)).start(eta, grad_factor)
-            return slope
+            of_reference: Tensor = self._reference(str(error)).start(eta, grad_factor)
+            return of_reference
         search.eta = eta
         self._search = search
         return slope
