@@ -17,9 +17,23 @@ WRITES_STATES = False
 
 @triton.jit
 def prepare(raw, step, first):
-    fields = line_search.prepare(raw, step, first)
-    no_decay = fields[0]
-    return (fields[0], no_decay, *fields[2:])
+    sign, _, beta1, one_minus_beta1, beta2, one_minus_beta2, correction2, eps, size, scale, by_m = (
+        line_search.prepare(raw, step, first)
+    )
+    no_decay = 1.0 + 0.0 * step
+    return (
+        sign,
+        no_decay,
+        beta1,
+        one_minus_beta1,
+        beta2,
+        one_minus_beta2,
+        correction2,
+        eps,
+        size,
+        scale,
+        by_m,
+    )
 
 
 @triton.jit

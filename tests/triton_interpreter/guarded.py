@@ -86,6 +86,16 @@ def prepared(
             *(-1.0 if maximize else 1.0, momentum, 1.0 - dampening, eps, lr),
             *(1.0 - decay, 1.0 - decay * wd_ratio, delta),
         ]
+    if rule in ("line_trial", "line_step"):
+        lr, lr_scale, beta1, beta2, eps, weight_decay, _, accumulates, corrects, offset, by_m = raw
+        t = step + offset
+        unbias1 = 1.0 / (1.0 - math.pow(beta1, t)) if corrects and by_m else 1.0
+        return [
+            *(1.0, 1.0 if rule == "line_trial" else 1.0 - lr * weight_decay, beta1, 1.0 - beta1),
+            *((1.0, 1.0) if accumulates else (beta2, 1.0 - beta2)),
+            1.0 / math.sqrt(1.0 - math.pow(beta2, t)) if corrects else 1.0,
+            *(eps, lr * unbias1, lr_scale * unbias1, 1.0 if by_m else 0.0),
+        ]
     lr, lr_decay, weight_decay, eps, maximize = raw
     return [-1.0 if maximize else 1.0, weight_decay, eps, lr / (1.0 + (step - 1.0) * lr_decay)]
 

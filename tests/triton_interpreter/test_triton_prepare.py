@@ -23,6 +23,14 @@ RAW = {
     "adagrad": [[0.1, 0.2, 0.01, 1e-10, 0.0], [0.3, 0.0, 0.0, 1e-3, 1.0]],
     "expectigrad": [[1e-3, 0.9, 1e-8, 1.0, 0.0], [0.1, 0.0, 1e-3, 0.0, 1.0]],
     "ascent": [[0.25, 0.0, 0.0, 0.0], [2.0, 1.0, 0.01, 1.0]],
+    "line_trial": [
+        [0.5, 2.0, 0.9, 0.999, 1e-8, 0.1, 1.0, 0.0, 1.0, 0.0, 1.0],
+        [0.3, 1.0, 0.8, 0.99, 1e-6, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0],
+    ],
+    "line_step": [
+        [0.5, 2.0, 0.9, 0.999, 1e-8, 0.1, 2.0, 0.0, 1.0, 1.0, 1.0],
+        [0.3, 1.0, 0.8, 0.99, 1e-6, 0.2, 0.0, 1.0, 0.0, 0.0, 0.0],
+    ],
 }
 parametrize_rules = pytest.mark.parametrize("rule", RAW)
 parametrize_doubles = pytest.mark.parametrize("is_double", [False, True], ids=["fp32", "fp64"])
@@ -76,8 +84,8 @@ def fields_of(hypers: Tensor, row: int, rule: str, is_double: bool) -> Tensor:
 @parametrize_rules
 @parametrize_doubles
 def test_prepared_values_are_those_of_the_host(rule: str, is_double: bool) -> None:
-    """In float64 the corrections of Adam and Expectigrad may lie apart: the last bit of beta^t,
-    widened by the subtraction from 1, which is at least 1 - beta = 0.001 here."""
+    """In float64 the corrections of Adam, Expectigrad and line searches may lie apart: the last bit
+    of beta^t, widened by the subtraction from 1, which is at least 1 - beta = 0.001 here."""
     steps = [1.0, 2.0, 5.0, 1000.0]
     counts = rule not in ("sgd", "ascent")
     counters = [torch.tensor(s - 1) if counts else None for s in steps]
@@ -89,7 +97,8 @@ def test_prepared_values_are_those_of_the_host(rule: str, is_double: bool) -> No
             prepared(rule, RAW[rule][group], step if counts else 1.0), dtype=fields.dtype
         )
         if is_double:
-            tolerance = 8 * 2.0**-53 / 0.001 if rule in ("adam", "expectigrad") else 0.0
+            has_powers = rule in ("adam", "expectigrad", "line_trial", "line_step")
+            tolerance = 8 * 2.0**-53 / 0.001 if has_powers else 0.0
             torch.testing.assert_close(fields, expected, rtol=tolerance, atol=0.0)
         else:
             assert torch.equal(fields, expected)
