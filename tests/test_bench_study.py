@@ -328,11 +328,26 @@ def test_arc_decides_at_every_mark(monkeypatch: pytest.MonkeyPatch) -> None:
 
     arc = pyoptim.lr_scheduler.ARC
     monkeypatch.setattr(
-        choices.lr_scheduler, "ARC", lambda o, interval: arc(o, interval, weights=judge)
+        choices.lr_scheduler,
+        "ARC",
+        lambda o, epochs, interval: arc(o, interval, epochs, weights=judge),
     )
     found = rates("ARC", Length(epochs=4, steps=5, per_epoch=False))
     assert found == pytest.approx([1.618 ** (step // 2) for step in range(20)])
     assert seen[:4] == [(2, 1), (4, 2), (6, 3), (6, 3)]
+
+
+def test_arc_ends_with_a_decay_over_three_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    arc = pyoptim.lr_scheduler.ARC
+    monkeypatch.setattr(
+        choices.lr_scheduler,
+        "ARC",
+        lambda o, epochs, interval: arc(o, interval, epochs, weights=lambda *_: (0.0, 1.0, 0.0)),
+    )
+    found = rates("ARC", Length(epochs=4, steps=5, per_epoch=False))
+    assert found[:14] == [1.0] * 14
+    assert found[14:] == sorted(found[14:], reverse=True)
+    assert 0.0 < found[-1] < found[14] < 1.0
 
 
 @given(st.integers(1, 300), st.integers(1, 9))
