@@ -30,7 +30,8 @@ class AdamP(ProjectingOptimizer):
 
     Args:
         params: tensors, named tensors or groups; floating-point or complex (pairs of real numbers);
-            any shape and strides. No DTensors that are sharded: the decision needs whole tensors.
+            any shape and strides. Shards (DTensor) of two and more dimensions are stepped by the
+            reference, whose sums go over the processes, all of which must step.
         lr: step length per coordinate, at least 0; a float or a 1-element tensor.
         betas: decay rates of m and v, each in [0, 1).
         eps: added to the root and to |p|, and the least |p| and |g| of the cosine; at least 0.
@@ -48,8 +49,9 @@ class AdamP(ProjectingOptimizer):
             does not clip. The gradients are not written.
 
     State per param: step (0-dim), exp_avg, exp_avg_sq, shape of the parameter.
-    Raises: ValueError for an option out of range; RuntimeError for sparse gradients and sharded
-    DTensors; BackendError if `backend` cannot run here.
+    Raises: ValueError for an option out of range; RuntimeError for sparse gradients, and for shards
+    with differentiable=True; BackendError if `backend` cannot run here, or names an engine and the
+    parameter is a shard.
     Source: Heo et al., arXiv:2006.08217, Algorithm 2. Differs from the authors' package: the sums
     and the decision run in float64; rows are those of dimension 0 in every memory format; in the
     kernels, a tensor that is projected as one row is projected after its result was stored, so

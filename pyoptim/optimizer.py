@@ -113,6 +113,10 @@ class FusedOptimizer(Optimizer):
     def _check_row(self, row: Row, group: Mapping[str, Any]) -> None:
         """Raises if the optimizer cannot step a row with a dense gradient."""
 
+    def _needs_reference(self, row: Row) -> bool:
+        """Whether no kernel can step the row."""
+        return False
+
     def _sparse_step(self, row: Row, group: Mapping[str, Any]) -> None:
         raise NotImplementedError
 

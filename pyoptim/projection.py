@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
+from pyoptim import backend
 from pyoptim.optimizer import FusedOptimizer
 from pyoptim.rows import Row, is_dtensor
 
@@ -19,18 +21,37 @@ class ProjectingOptimizer(FusedOptimizer):
     """
 
     def _check_row(self, row: Row, group: Mapping[str, Any]) -> None:
-        if row.key.dim() > 1 and is_dtensor(row.key) and _is_cut(row.key):
+        if not _is_cut(row.key):
+            return
+        placements = row.key.placements  # type: ignore[attr-defined]
+        if any(placement.is_partial() for placement in placements):
             raise RuntimeError(
-                f"{row.place} is a DTensor of placements {row.key.placements}, but "  # type: ignore[attr-defined]
-                f"{type(self).__name__} decides by sums over whole parameters; replicate those of "
-                "two and more dimensions, or use AdamW or SGD"
+                f"{row.place} is a DTensor of placements {placements}, whose values no process "
+                "has; redistribute() it as shards or replicas"
             )
+        if group.get("differentiable"):
+            raise RuntimeError(
+                f"{row.place} is cut over processes, whose sums autograd does not record; use "
+                "differentiable=False"
+            )
+        choice = self.backend or backend.chosen()
+        if choice in backend.ENGINES:
+            raise backend.BackendError(
+                f"backend={choice!r} cannot add over the processes that hold {row.place}; use "
+                "backend='auto' or 'reference'"
+            )
+
+    def _needs_reference(self, row: Row) -> bool:
+        return _is_cut(row.key)
 
     def _reference_step(self, row: Row, group: Mapping[str, Any]) -> None:
         # The reference sees complex numbers as pairs, a vector of them as a matrix; no cosine is
         # below 0.
-        is_vector = row.param.is_complex() and row.param.dim() < 2
-        super()._reference_step(row, {**group, "delta": 0.0} if is_vector else group)
+        if row.param.is_complex() and row.param.dim() < 2:
+            group = {**group, "delta": 0.0}
+        elif _is_cut(row.key):
+            group = {**group, "cut": Cut.of(row.key)}
+        super()._reference_step(row, group)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -52,12 +73,51 @@ class ProjectingOptimizer(FusedOptimizer):
 
 
 def _is_cut(tensor: Any) -> bool:
-    """Whether no process holds all of a DTensor."""
+    """Whether this is a DTensor of two or more dimensions that no process holds all of."""
+    if not is_dtensor(tensor) or tensor.dim() < 2:
+        return False
     sizes = tensor.device_mesh.shape
     return any(
         size > 1 and not placement.is_replicate()
         for size, placement in zip(sizes, tensor.placements, strict=True)
     )
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is to be known of a whole tensor where a process may hold a part of it."""
+
+    n_rows: int
+    numel: int  # real numbers
+    of_rows: tuple[Any, ...] = ()  # process groups that share rows among them
+    of_columns: tuple[Any, ...] = ()  # process groups that share each row
+
+    @classmethod
+    def of(cls, tensor: Any) -> Cut:
+        cuts = [
+            (tensor.device_mesh.get_group(i), placement.dim)
+            for i, placement in enumerate(tensor.placements)
+            if tensor.device_mesh.size(i) > 1 and not placement.is_replicate()
+        ]
+        return cls(
+            tensor.shape[0],
+            tensor.numel() * (2 if tensor.is_complex() else 1),
+            tuple(group for group, dim in cuts if dim == 0),
+            tuple(group for group, dim in cuts if dim > 0),
+        )
+
+    def add(self, sums: Tensor, is_whole: bool) -> Tensor:
+        """Adds sums over parts of rows, or of the tensor as one row, over the processes."""
+        for group in (*self.of_columns, *(self.of_rows if is_whole else ())):
+            distributed.all_reduce(sums, group=group)
+        return sums
+
+    def holds(self, condition: Tensor) -> bool:
+        """Whether a condition holds for all rows, those of other processes too."""
+        answer = condition.all().int()
+        for group in (*self.of_columns, *self.of_rows):
+            distributed.all_reduce(answer, distributed.ReduceOp.MIN, group=group)
+        return bool(answer)
 
 
 def project(
@@ -71,33 +131,33 @@ def project(
 
     Args:
         param, grad: of the direction's shape; the weights before the step, the raw gradient.
+        group: the options; as "cut" the `Cut` of a tensor of which these are a part.
         n_rows: size of dimension 0; 0: never projected.
     """
-    if n_rows == 0 or param.numel() == 0:
+    cut = group.get("cut") or Cut(n_rows, param.numel())
+    if cut.n_rows == 0 or cut.numel == 0:
         return direction, False
-    for rows in dict.fromkeys((n_rows, 1)):
-        u, w, g = (t.double().reshape(rows, -1) for t in (direction, param, grad))
-        if not _is_orthogonal(w.detach(), g.detach(), group):
+    for is_whole in (False, True) if cut.n_rows > 1 else (False,):
+        rows, size = (1, cut.numel) if is_whole else (n_rows, cut.numel // cut.n_rows)
+        width = param.numel() // max(rows, 1)
+        u, w, g = (t.double().reshape(rows, width) for t in (direction, param, grad))
+        of_both = [(a * b).sum(1) for a, b in ((w, g), (w, w), (g, g))]
+        sums = cut.add(torch.stack(of_both), is_whole)
+        if not cut.holds(_is_orthogonal(sums.detach(), size, group)):
             continue
-        c = (w * u).sum(1, keepdim=True) / (_norm(w) + float(group["eps"])) ** 2
+        along = cut.add((w * u).sum(1), is_whole)
+        c = (along / (sums[1].sqrt() + float(group["eps"])) ** 2).unsqueeze(1)
         radial = c.to(param.dtype).expand_as(w).reshape(param.shape) * param
         return direction - radial, True
     return direction, False
 
 
-def _is_orthogonal(w: Tensor, g: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether the largest |cosine| of two rows is below delta/sqrt(row size); NaN is not."""
-    eps = float(group["eps"])
-    cosine = (w * g).sum(1, keepdim=True).abs() / (_floor(_norm(w), eps) * _floor(_norm(g), eps))
-    return bool((cosine < float(group["delta"]) / w.shape[1] ** 0.5).all())
-
-
-def _norm(rows: Tensor) -> Tensor:
-    return (rows * rows).sum(1, keepdim=True).sqrt()
-
-
-def _floor(norm: Tensor, eps: float) -> Tensor:
-    return norm.clamp(min=eps)
+def _is_orthogonal(sums: Tensor, size: int, group: Mapping[str, Any]) -> Tensor:
+    """Of rows with sums (w*g, w*w, g*g): whether |cosine| < delta/sqrt(row size); NaN is not."""
+    dot, *norms = sums
+    w, g = (square.sqrt().clamp(min=float(group["eps"])) for square in norms)
+    cosine: Tensor = dot.abs() / (w * g)
+    return cosine < float(group["delta"]) / size**0.5
 
 
 def rows_of(param: Tensor) -> int:

@@ -130,7 +130,8 @@ def _checked_row(
     optimizer._check_row(row, group)
     choice = optimizer.backend or backend.chosen()
     is_recorded = bool(group.get("differentiable"))
-    row.backend = "reference" if is_recorded else backend.select(choice, row.param)
+    is_plain = is_recorded or optimizer._needs_reference(row)
+    row.backend = "reference" if is_plain else backend.select(choice, row.param)
     # torch's compiler writes capturable=True into groups that did not ask for it.
     is_capturable = bool(group.get("capturable") and optimizer.defaults.get("capturable"))
     _check_mode(row, group, is_capturable)

@@ -4,10 +4,12 @@ import copy
 import io
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import in_two_processes
 from torch import nn
 
 import pyoptim
@@ -377,21 +379,17 @@ def test_no_warning_about_the_order_of_steps(recwarn: pytest.WarningsRecorder) -
     assert [str(w.message) for w in recwarn] == []
 
 
-def _decide(rank: int, file: str, results: Any) -> None:
-    torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
+def _decide(rank: int, folder: Path) -> None:
     scheduler = ARC(sgd(), 1, weights=Says(RAISE if rank == 0 else LOWER))
     for loss in (1.0, 1.0 if rank == 0 else math.nan):
         scheduler.record(loss)
         scheduler.step()
-    results[rank] = (lr_of(scheduler), scheduler.decisions[1].guard)
-    torch.distributed.destroy_process_group()
+    torch.save((lr_of(scheduler), scheduler.decisions[1].guard), folder / str(rank))
 
 
-def test_processes_take_the_decision_of_the_first(tmp_path: Any) -> None:
-    with torch.multiprocessing.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(_decide, (str(tmp_path / "store"), results), nprocs=2)
-        found = dict(results)
+def test_processes_take_the_decision_of_the_first(tmp_path: Path) -> None:
+    in_two_processes(_decide, tmp_path)
+    found = [torch.load(tmp_path / str(rank)) for rank in range(2)]
     assert found[0] == found[1] == (pytest.approx(0.1 * 1.618**2), None)
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from dropin import NAMES, OPTIONS, OURS, TORCHS, assert_same, make_params, set_grads
-from torch import distributed, multiprocessing
+from processes import in_two_processes
+from projected import DECISIONS, Shape, weight_and_grad
+from torch import distributed
 from torch.nn import Parameter
 
 import pyoptim
@@ -25,16 +27,11 @@ if distributed.is_available():
     from torch.nn.parallel import DistributedDataParallel
 
 
-def start_group(folder: Path, rank: int, world: int) -> "DeviceMesh":
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
-    )
-    return init_device_mesh("cpu", (world,))
-
-
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator["DeviceMesh"]:
-    yield start_group(tmp_path_factory.mktemp("group"), 0, 1)
+    file = tmp_path_factory.mktemp("group") / "rendezvous"
+    distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
     distributed.destroy_process_group()
 
 
@@ -182,8 +179,7 @@ def test_distributed_data_parallel(mesh: "DeviceMesh") -> None:
 
 
 def train_shard(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    mesh = start_group(folder, rank, 2)
+    mesh = init_device_mesh("cpu", (2,))
     model = make_model()
     fully_shard(model, mesh=mesh)
     train(model, pyoptim.AdamW(model.parameters(), lr=0.1), range(4))
@@ -194,34 +190,83 @@ def train_shard(rank: int, folder: Path) -> None:
     check_state_sharded_unlike_its_parameter(mesh)
     # The last layer has three rows: one process holds two of them, the other one.
     (folder / str(rank)).write_text(str([tuple(p.to_local().shape) for p in model.parameters()]))
-    distributed.destroy_process_group()
 
 
 def test_two_processes_with_a_shard_each(tmp_path: Path) -> None:
-    multiprocessing.spawn(train_shard, (tmp_path,), nprocs=2)
+    in_two_processes(train_shard, tmp_path)
     shapes = [eval((tmp_path / str(rank)).read_text()) for rank in range(2)]
     assert shapes == [[(3, 4), (3,), (2, 6), (2,)], [(3, 4), (3,), (1, 6), (1,)]]
 
 
-def step_shards(rank: int, folder: Path) -> None:
-    mesh = start_group(folder, rank, 2)
-    said = {}
-    for shape, placement in (((4, 3), Shard(0)), ((5,), Shard(0)), ((4, 3), Replicate())):
-        param = Parameter(distribute_tensor(torch.ones(shape), mesh, [placement]))
-        param.grad = distribute_tensor(torch.ones(shape), mesh, [placement])
-        optimizer = pyoptim.AdamP([param])
-        try:
-            optimizer.step()
-        except RuntimeError as error:
-            said[str((shape, placement))] = str(error)
-            assert not optimizer.state
-    (folder / str(rank)).write_text(repr(list(said.values())))
-    distributed.destroy_process_group()
+PROJECTING = {
+    "adamp": (pyoptim.AdamP, {"lr": 0.1, "weight_decay": 0.1}),
+    "sgdp": (pyoptim.SGDP, {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9}),
+}
+# Even and uneven cuts, fewer rows than processes, complex numbers, a vector, a replica, nothing.
+CUT = [
+    *(((n, 4), Shard(0), torch.float64) for n in (6, 5, 2, 1)),
+    *(((3, n), Shard(1), torch.float64) for n in (4, 5, 1)),
+    ((4, 3, 2), Shard(2), torch.float32),
+    ((3, 4), Shard(0), torch.complex128),
+    ((5,), Shard(0), torch.float64),
+    ((3,), Shard(0), torch.complex128),
+    ((4, 3), Replicate(), torch.float64),
+    ((0, 3), Shard(0), torch.float64),
+]
 
 
-def test_a_projection_refuses_parameters_that_no_process_holds(tmp_path: Path) -> None:
-    """Its sums would be those of the shard; vectors are never projected."""
-    multiprocessing.spawn(step_shards, (tmp_path,), nprocs=2)
-    for rank in range(2):
-        (message,) = eval((tmp_path / str(rank)).read_text())
-        assert "decides by sums over whole parameters; replicate" in message
+def check_projections(name: str, decision: str, mesh: "DeviceMesh") -> None:
+    """Sums over both processes decide and project as those of one process with all rows."""
+    kind, options = PROJECTING[name]
+    cut, whole = [], []
+    for n, (sizes, placement, dtype) in enumerate(CUT):
+        p, g = (t.contiguous() for t in weight_and_grad(Shape(sizes), decision, dtype, n))
+        whole.append(Parameter(p.clone()))
+        whole[-1].grad = g
+        cut.append(Parameter(distribute_tensor(p, mesh, [placement])))
+        cut[-1].grad = distribute_tensor(g, mesh, [placement])
+    ours, alone = kind(cut, **options), kind(whole, **options, backend="reference")
+    for _ in range(3):
+        ours.step()
+        alone.step()
+    assert_same(full(cut), whole)
+    states = zip(ours.state.values(), alone.state.values(), strict=True)
+    for entry, expected in states:
+        for key, value in entry.items():
+            assert_same(full([value]), [expected[key]])
+
+
+def check_cut_parameters_that_are_refused(name: str, mesh: "DeviceMesh") -> None:
+    kind, options = PROJECTING[name]
+    param = Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+    param.grad = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])
+    optimizer = kind([param], **options, backend="cpu")
+    with pytest.raises(pyoptim.BackendError, match="backend='cpu' cannot add over the processes"):
+        optimizer.step()
+    recorded = kind([param], **options, differentiable=True)
+    with pytest.raises(RuntimeError, match="use differentiable=False"):
+        recorded.step()
+    sums = DTensor.from_local(torch.ones(4, 3), mesh, [Partial()]).requires_grad_()
+    sums.grad = DTensor.from_local(torch.ones(4, 3), mesh, [Partial()])
+    with pytest.raises(RuntimeError, match="whose values no process has"):
+        kind([sums], **options).step()
+    assert not optimizer.state
+    assert not recorded.state
+
+
+def project_shards(rank: int, folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    for name in PROJECTING:
+        for decision in DECISIONS:
+            check_projections(name, decision, mesh)
+        check_cut_parameters_that_are_refused(name, mesh)
+    for kind, options in PROJECTING.values():
+        plain, model = make_model(), make_model()
+        fully_shard(model, mesh=mesh)
+        train(model, kind(model.parameters(), **options), range(4))
+        train(plain, kind(plain.parameters(), **options), range(4))
+        assert_same(full(model.parameters()), plain.parameters())
+
+
+def test_projections_of_shards(tmp_path: Path) -> None:
+    in_two_processes(project_shards, tmp_path)

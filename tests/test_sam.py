@@ -22,7 +22,8 @@ from cases import (
     parametrize_dtypes,
     values,
 )
-from torch import Tensor, distributed, multiprocessing, nn
+from processes import in_two_processes
+from torch import Tensor, distributed, nn
 from torch.nn import Parameter
 
 import pyoptim
@@ -1115,10 +1116,6 @@ def train_replica(rank: int, folder: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
     inputs = values((8, 4), torch.float64, 1)
     for how in ("ddp", "fsdp", "no_sync"):
         plain, model = linear_layers(), linear_layers()
@@ -1148,7 +1145,6 @@ def train_replica(rank: int, folder: Path) -> None:
         )
         assert is_same == (how != "no_sync"), how  # there each replica climbs by itself
         torch.save(params, folder / f"{how}{rank}")
-    distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(
@@ -1156,6 +1152,6 @@ def train_replica(rank: int, folder: Path) -> None:
     reason="this build of torch has no gloo",
 )
 def test_two_processes_keep_the_same_weights(tmp_path: Path) -> None:
-    multiprocessing.spawn(train_replica, (tmp_path,), nprocs=2)
+    in_two_processes(train_replica, tmp_path)
     for how in ("ddp", "fsdp", "no_sync"):
         assert_same_bits(*(torch.load(tmp_path / f"{how}{rank}") for rank in range(2)), how)

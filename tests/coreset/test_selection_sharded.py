@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing
+from processes import in_two_processes
+from torch import Tensor, distributed
 
 from pyoptim import coreset
 
@@ -100,11 +101,7 @@ def failed_searches(rank: int, rows: slice) -> list[str]:
     return messages
 
 
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
+def run_rank(rank: int, folder: Path) -> None:
     rows = slice(0, SPLIT) if rank == 0 else slice(SPLIT, N)
     nearest = [search_own(rank, rows, s, **options) for options in searches() for s in Y_SPLITS]
     torch.save((nearest, failed_searches(rank, rows)), f"{folder}/nearest-{rank}.pt")
@@ -120,7 +117,6 @@ def run_rank(rank: int, folder: str) -> None:
         except ValueError as error:
             found.append(str(error))
     torch.save(found, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
 
 
 def errors_of_one(rank: int, rows: slice) -> None:
@@ -202,7 +198,7 @@ ERRORS = (errors_of_search, errors_of_arguments, errors_of_classes, errors_of_in
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    multiprocessing.spawn(run_rank, args=(str(folder),), nprocs=2)
+    in_two_processes(run_rank, folder)
     return folder
 
 

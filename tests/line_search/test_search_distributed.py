@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from models import KINDS, batches, loss_of, make_model
-from torch import distributed, multiprocessing, nn
+from processes import in_two_processes
+from torch import distributed, nn
 from torch.nn import Parameter
 
 from pyoptim import SLS, SaLSa
@@ -113,10 +114,6 @@ def check_checkpoint(mesh: "DeviceMesh") -> None:
 
 
 def run_everything(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
     mesh = init_device_mesh("cpu", (2,))
     for kind in ("salsa", "sls", "adasls-amsgrad"):
         check_replicas(kind)
@@ -124,8 +121,7 @@ def run_everything(rank: int, folder: Path) -> None:
     check_shards(mesh, 0.1)
     check_shards_beside_replicas(mesh)
     check_checkpoint(mesh)
-    distributed.destroy_process_group()
 
 
 def test_two_processes_take_the_decisions_of_one(tmp_path: Path) -> None:
-    multiprocessing.spawn(run_everything, (tmp_path,), nprocs=2)
+    in_two_processes(run_everything, tmp_path)
