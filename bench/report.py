@@ -50,7 +50,10 @@ def full_report(results: Results) -> str:
 
 def readme_section(results: Results) -> str:
     """The part that a README shows: machine, speed by workload, host cost."""
-    parts = [runs(results), LEGEND, *_speed_sections(results), _host_section(results)]
+    full = "The other types are in what `python -m pyoptim bench --table FILE` prints."
+    parts = [runs(results), LEGEND, *_speed_sections(results)]
+    if host := _host_section(results, ("float32",)):
+        parts += [host, full]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -171,10 +174,15 @@ def _percent(ratio: Row | None) -> str | None:
     return f"{ratio['median']:.0%}" if ratio else None
 
 
-def _host_section(results: Results) -> str:
-    """Nanoseconds per tensor where the host, not the memory, is measured; one thread."""
+def _host_section(results: Results, dtypes: Sequence[str] | None = None) -> str:
+    """Nanoseconds per tensor where the host, not the memory, is measured; one thread.
+
+    Args:
+        dtypes: those to show, None for all.
+    """
     rows = [row for row in results.rows if workloads.parse(row["workload"]).is_host_bound]
     rows = [row for row in rows if row["threads"] == 1]
+    rows = [row for row in rows if dtypes is None or row["dtypes"] in dtypes]
     if not rows:
         return ""
     names = in_order((row["implementation"] for row in rows), [OURS, *BASELINES])
