@@ -156,8 +156,8 @@ def _is_orthogonal(sums: Tensor, size: int, group: Mapping[str, Any]) -> Tensor:
     """Of rows with sums (w*g, w*w, g*g): whether |cosine| < delta/sqrt(row size); NaN is not."""
     dot, *norms = sums
     w, g = (square.sqrt().clamp(min=float(group["eps"])) for square in norms)
-    cosine: Tensor = dot.abs() / (w * g)
-    return cosine < float(group["delta"]) / size**0.5
+    is_below: Tensor = dot.abs() / (w * g) < float(group["delta"]) / size**0.5
+    return is_below
 
 
 def rows_of(param: Tensor) -> int:
