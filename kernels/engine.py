@@ -345,7 +345,7 @@ def update(
 
         project.update(
             *(rule, variant, dtypes, device, addresses, numels, rows, hyper_index, hypers),
-            *(live_hypers, inv_scale, grad_scale, clip, clip_at, found_inf, cache),
+            *(live_hypers, inv_scale, grad_scale, clip, clip_at, found_inf, cache, has_sources),
         )
         return
     if hasattr(RULES[rule], "point"):

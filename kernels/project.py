@@ -99,12 +99,17 @@ def _arrays(
     n,
     t,
     start,
+    source,
     N_STATES: tl.constexpr,
     PARAM: tl.constexpr,
     STATE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Pointers to param, grad and the states of tensor t, from element `start` on."""
+    """Pointers to param, grad, the states and where param is read, from element `start` on.
+
+    Args:
+        source: the row of `addresses` that says where tensor t's param is read.
+    """
     pointers = ()
     for i in tl.static_range(2 + N_STATES):
         address = tl.load(addresses + i * n + t)
@@ -112,7 +117,7 @@ def _arrays(
             pointers += (_pointer(address, PARAM, start, VECTOR),)
         else:
             pointers += (_pointer(address, STATE, start, VECTOR),)
-    return pointers
+    return pointers + (_pointer(tl.load(addresses + source * n + t), PARAM, start, VECTOR),)
 
 
 @triton.jit
@@ -248,7 +253,7 @@ def _fail_if(fails, failed):
     do_not_specialize=["n", "n_programs", "clip_bits"], do_not_specialize_on_alignment=UNALIGNED
 )
 def check_short_kernel(
-    addresses,  # int64 [2 + N_STATES][n]
+    addresses,  # int64 [2 + N_STATES][n], and [n] more where param is read elsewhere
     tensors,  # int64 [6][n]: numel, n_rows, inner, first tile, number of tiles, hyper
     n,
     programs,  # int64 [3][n_programs]: tensor, first item, end
@@ -262,6 +267,7 @@ def check_short_kernel(
     N_FIELDS: tl.constexpr,
     HYPER_STRIDE: tl.constexpr,
     PARAM: tl.constexpr,
+    SOURCE: tl.constexpr,  # the row of addresses that says where param is read
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,  # of the tree over a row's columns
@@ -273,12 +279,12 @@ def check_short_kernel(
     index = _field(tensors, n, 5, t)
     hyper = _hyper(hypers, index, clip_bits, clip_at, N_FIELDS, HYPER_STRIDE, COMPUTE)
     eps, _, _, _, delta = PROJECTION(hyper)
-    arrays = _arrays(addresses, n, t, 0, 0, PARAM, PARAM, 1)
+    arrays = _arrays(addresses, n, t, 0, SOURCE, 0, PARAM, PARAM, 1)
     for first in range(begin, end, ROWS):
         # By another program, while this one runs.
         if tl.load(failed + t, volatile=True) == 0:
             offsets, mask = _short_rows(first, end, n_rows, row_size, inner, ROWS, STEPS)
-            w = _load(arrays[0] + offsets, mask).to(tl.float64)
+            w = _load(arrays[2] + offsets, mask).to(tl.float64)
             g = _load(arrays[1] + offsets, mask).to(tl.float64)
             passes = _is_orthogonal(
                 _halve(g * w, ROWS, STEPS),
@@ -295,7 +301,7 @@ def check_short_kernel(
 
 @triton.jit
 def _add_check(arrays, offsets, mask, gw, gg, ww):
-    w = _load(arrays[0] + offsets, mask).to(tl.float64)
+    w = _load(arrays[2] + offsets, mask).to(tl.float64)
     g = _load(arrays[1] + offsets, mask).to(tl.float64)
     return gw + g * w, gg + g * g, ww + w * w
 
@@ -319,6 +325,7 @@ def check_kernel(
     N_FIELDS: tl.constexpr,
     HYPER_STRIDE: tl.constexpr,
     PARAM: tl.constexpr,
+    SOURCE: tl.constexpr,
     COMPUTE: tl.constexpr,
     VECTOR: tl.constexpr,
     STEPS: tl.constexpr,
@@ -340,7 +347,7 @@ def check_kernel(
             start, at = chunk * 0, chunk * CHUNK
             if VECTOR > 1:
                 start, at = row * row_size + chunk * CHUNK, chunk * 0
-            arrays = _arrays(addresses, n, t, start, 0, PARAM, PARAM, VECTOR)
+            arrays = _arrays(addresses, n, t, start, SOURCE, 0, PARAM, PARAM, VECTOR)
             gw = tl.zeros([LANES], tl.float64)
             gg = tl.zeros([LANES], tl.float64)
             ww = tl.zeros([LANES], tl.float64)
@@ -445,6 +452,7 @@ def rows_short_kernel(
     N_FIELDS: tl.constexpr,
     HYPER_STRIDE: tl.constexpr,
     PARAM: tl.constexpr,
+    SOURCE: tl.constexpr,
     STATE: tl.constexpr,
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -458,10 +466,10 @@ def rows_short_kernel(
         index = _field(tensors, n, 5, t)
         hyper = _hyper(hypers, index, clip_bits, clip_at, N_FIELDS, HYPER_STRIDE, COMPUTE)
         eps, step_size, _, decay, _ = PROJECTION(hyper)
-        arrays = _arrays(addresses, n, t, 0, N_STATES, PARAM, STATE, 1)
+        arrays = _arrays(addresses, n, t, 0, SOURCE, N_STATES, PARAM, STATE, 1)
         for first in range(begin, end, ROWS):
             offsets, mask = _short_rows(first, end, n_rows, row_size, inner, ROWS, STEPS)
-            p = _load(arrays[0] + offsets, mask)
+            p = _load(arrays[2 + N_STATES] + offsets, mask)
             g = _load(arrays[1] + offsets, mask)
             states = _new_averages(AVERAGE, arrays, offsets, mask, g, hyper, N_STATES, STATE)
             u = DIRECTION(g, states, hyper, V)
@@ -487,7 +495,7 @@ def _add_averages(
     N_STATES: tl.constexpr,
     STATE: tl.constexpr,
 ):
-    p = _load(arrays[0] + offsets, mask)
+    p = _load(arrays[2 + N_STATES] + offsets, mask)
     g = _load(arrays[1] + offsets, mask)
     states = _new_averages(AVERAGE, arrays, offsets, mask, g, hyper, N_STATES, STATE)
     u = DIRECTION(g, states, hyper, V)
@@ -506,7 +514,7 @@ def _stored_direction(
     READS_GRAD: tl.constexpr,
 ):
     """(p, u) from the averages in memory."""
-    p = _load(arrays[0] + offsets, mask)
+    p = _load(arrays[2 + N_STATES] + offsets, mask)
     g = p
     if READS_GRAD:
         g = _load(arrays[1] + offsets, mask)
@@ -564,6 +572,7 @@ def rows_kernel(
     N_FIELDS: tl.constexpr,
     HYPER_STRIDE: tl.constexpr,
     PARAM: tl.constexpr,
+    SOURCE: tl.constexpr,
     STATE: tl.constexpr,
     COMPUTE: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -589,7 +598,7 @@ def rows_kernel(
             start, at = chunk * 0, chunk * CHUNK
             if VECTOR > 1:
                 start, at = row * row_size + chunk * CHUNK, chunk * 0
-            arrays = _arrays(addresses, n, t, start, N_STATES, PARAM, STATE, VECTOR)
+            arrays = _arrays(addresses, n, t, start, SOURCE, N_STATES, PARAM, STATE, VECTOR)
             full = size // LANES * LANES
             if IS_WRITE:
                 radial = tl.load(of_rows + row)
@@ -671,7 +680,7 @@ def _sweep(
     STATE: tl.constexpr,
 ):
     _, step_size, decay, _, _ = PROJECTION(hyper)
-    p = _load(arrays[0] + offsets, mask)
+    p = _load(arrays[2 + N_STATES] + offsets, mask)
     g = _load(arrays[1] + offsets, mask)
     states = _new_averages(AVERAGE, arrays, offsets, mask, g, hyper, N_STATES, STATE)
     u = DIRECTION(g, states, hyper, V)
@@ -705,6 +714,7 @@ def sweep_kernel(
     N_FIELDS: tl.constexpr,
     HYPER_STRIDE: tl.constexpr,
     PARAM: tl.constexpr,
+    SOURCE: tl.constexpr,
     STATE: tl.constexpr,
     COMPUTE: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -720,7 +730,7 @@ def sweep_kernel(
         hyper = _hyper(hypers, index, clip_bits, clip_at, N_FIELDS, HYPER_STRIDE, COMPUTE)
         _, _, decay, _, _ = PROJECTION(hyper)
         writes_param = (has_rows & _is_deferred(decay)) == 0
-        arrays = _arrays(addresses, n, t, start, N_STATES, PARAM, STATE, VECTOR)
+        arrays = _arrays(addresses, n, t, start, SOURCE, N_STATES, PARAM, STATE, VECTOR)
         lanes = tl.arange(0, LANES)
         gw = tl.zeros([LANES], tl.float64)
         gg = tl.zeros([LANES], tl.float64)
@@ -852,6 +862,7 @@ def write_kernel(
     N_FIELDS: tl.constexpr,
     HYPER_STRIDE: tl.constexpr,
     PARAM: tl.constexpr,
+    SOURCE: tl.constexpr,
     STATE: tl.constexpr,
     COMPUTE: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -867,7 +878,9 @@ def write_kernel(
     if (tl.load(failed + t) != 0) & (projects | _is_deferred(decay)) & (size > 0):
         radial = tl.load(layer + 2 * t).to(COMPUTE)
         pull = tl.load(layer + 2 * t + 1).to(COMPUTE)
-        arrays = _arrays(addresses, n, t, start, N_STATES, PARAM, STATE, VECTOR)
+        # A repair starts from the result of the sweep.
+        source = tl.where(_is_deferred(decay), SOURCE, 0)
+        arrays = _arrays(addresses, n, t, start, source, N_STATES, PARAM, STATE, VECTOR)
         lanes = tl.arange(0, LANES)
         full = size // LANES * LANES
         for k in range(0, full, LANES):
@@ -1039,9 +1052,11 @@ class _Step:
         clip_at: Tensor | None,
         found_inf: Tensor | None,
         cache: dict[Any, Any],
+        has_sources: bool,
     ) -> None:
         self.rule, self.types = engine.RULES[rule], engine.DTYPES[dtypes]
         self.variant, self.device, self.plan, self.cache = variant, device, plan, cache
+        self.source = 2 + self.rule.N_STATES[variant] if has_sources else 0
         n = plan.tensors.shape[1]
         self.addresses = self._upload("addresses", np.frombuffer(addresses, np.int64), addresses)
         self.tensors = self._upload("tensors", plan.tensors.reshape(-1)), n
@@ -1085,7 +1100,7 @@ class _Step:
     def check(self) -> None:
         for of in (self.plan.first, self.plan.others):
             for (steps, vector), programs in of.items():
-                constants = {"PARAM": self.types.param, **self._constants()}
+                constants = {"PARAM": self.types.param, "SOURCE": self.source, **self._constants()}
                 if steps < LANE_STEPS:
                     more = {"ROWS": LANES >> steps, "STEPS": steps, "CHUNK": CHUNK}
                     self._launch(check_short_kernel, programs, **constants, **more)
@@ -1177,6 +1192,7 @@ class _Step:
             "READS_GRAD": self.rule.READS_GRAD[self.variant],
             "PROJECTS_BUFFER": self.rule.PROJECTS_BUFFER[self.variant],
             "PARAM": self.types.param,
+            "SOURCE": self.source,
             "STATE": self.types.state,
         }
 
@@ -1202,6 +1218,7 @@ def update(
     clip_at: Tensor | None,
     found_inf: Tensor | None,
     cache: dict[Any, Any],
+    has_sources: bool,
 ) -> None:
     """As engine.update, of a rule that projects.
 
@@ -1209,14 +1226,15 @@ def update(
         rows: int64 [2][n]: TableRow::n_rows and inner; empty: all 0.
     """
     types = engine.DTYPES[dtypes]
-    table = np.frombuffer(addresses, np.int64).reshape(2 + engine.RULES[rule].N_STATES[variant], -1)
+    n_arrays = 2 + engine.RULES[rule].N_STATES[variant]
+    table = np.frombuffer(addresses, np.int64).reshape(n_arrays + has_sources, -1)
     numel = np.frombuffer(numels, np.int64)
     if not numel.any():
         return
     is_live = live_hypers is not None
-    size = np.array([types.bytes_of(i) for i in range(len(table))])[:, None]
+    sizes = [types.bytes_of(i) for i in range(n_arrays)] + [types.bytes_of(0)] * has_sources
     most = min(types.vector, LANES // (32 * NUM_WARPS))
-    vector = np.where((table % (most * size) == 0).all(axis=0), most, 1)
+    vector = np.where((table % (most * np.array(sizes)[:, None]) == 0).all(axis=0), most, 1)
     key = (types, numels, rows, b"" if is_live else hyper_index, vector.tobytes())
     if cache.get("project plan", (None,))[0] != key:
         index = np.arange(len(numel)) if is_live else np.frombuffer(hyper_index, np.int32)
@@ -1230,7 +1248,7 @@ def update(
         plan = cache["project plan"][1]
         step = _Step(
             *(rule, variant, dtypes, device, plan, addresses),
-            *(blocks, clip, clip_at, found_inf, cache),
+            *(blocks, clip, clip_at, found_inf, cache, has_sources),
         )
         if grad_scale is not None or inv_scale != 1.0:
             step.unscale(inv_scale, grad_scale)

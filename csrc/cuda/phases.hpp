@@ -27,6 +27,7 @@ struct Test {
 
 struct Tensor {
   void *param, *grad, *state[2];
+  const void* source;  // where param is read: param, or a copy
   int64_t numel, n_rows, inner;
   double* sums;  // [kTileSums * n_tiles]
   int32_t first_tile, n_tiles;
