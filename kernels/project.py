@@ -117,7 +117,8 @@ def _arrays(
             pointers += (_pointer(address, PARAM, start, VECTOR),)
         else:
             pointers += (_pointer(address, STATE, start, VECTOR),)
-    return pointers + (_pointer(tl.load(addresses + source * n + t), PARAM, start, VECTOR),)
+    pointers += (_pointer(tl.load(addresses + source * n + t), PARAM, start, VECTOR),)
+    return pointers
 
 
 @triton.jit

@@ -53,7 +53,7 @@ SHAPES = (
 
 
 def weight_and_grad(shape: Shape, decision: str, dtype: torch.dtype, seed: int) -> tuple[Any, Any]:
-    """A parameter and a gradient about which the optimizers decide so, where the shape lets them."""
+    """A parameter and a gradient about which they decide so, where the shape lets them."""
     p = values(shape.sizes, torch.float64, 2 * seed)
     g = grad_at(p, decision, 2 * seed + 1)
     return shape.strided(p.to(dtype)), shape.strided(g.to(dtype))

@@ -70,11 +70,8 @@ struct Arithmetic {
     }
   }
   template <int W>
-  __device__ __forceinline__ void read_one(int64_t at,
-                                           const P* from,
-                                           bool with_grad,
-                                           int k,
-                                           Slice<W>& slice) const {
+  __device__ __forceinline__ void read_one(
+      int64_t at, const P* from, bool with_grad, int k, Slice<W>& slice) const {
     slice.param.x[k] = from[at];
     if (with_grad) slice.grad.x[k] = grad[at];
 #pragma unroll
