@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pyoptim.kernels import engine, launcher
-from pyoptim.kernels.elements import float64_of, narrow, widen
+from pyoptim.kernels.elements import narrow, widen
+from pyoptim.kernels.engine import factor_of, inverse_of, pointer_to, pointers_of
 from pyoptim.kernels.launcher import Array, bits_of, upload
 
 LANE_STEPS = 10
@@ -85,15 +86,6 @@ def _field(tensors, n, row: tl.constexpr, t):
 
 
 @triton.jit
-def _pointer(address, ELEMENT: tl.constexpr, start, VECTOR: tl.constexpr):
-    pointer = address.to(tl.pointer_type(ELEMENT)) + start
-    if VECTOR > 1:
-        # On the pointer, not on the integer: the hint does not survive the cast.
-        pointer = tl.multiple_of(pointer, VECTOR * (ELEMENT.primitive_bitwidth // 8))
-    return pointer
-
-
-@triton.jit
 def _arrays(
     addresses,
     n,
@@ -110,14 +102,8 @@ def _arrays(
     Args:
         source: the row of `addresses` that says where tensor t's param is read.
     """
-    pointers = ()
-    for i in tl.static_range(2 + N_STATES):
-        address = tl.load(addresses + i * n + t)
-        if i < 2:
-            pointers += (_pointer(address, PARAM, start, VECTOR),)
-        else:
-            pointers += (_pointer(address, STATE, start, VECTOR),)
-    pointers += (_pointer(tl.load(addresses + source * n + t), PARAM, start, VECTOR),)
+    pointers = pointers_of(addresses, n, t, start, N_STATES, PARAM, STATE, VECTOR)
+    pointers += (pointer_to(tl.load(addresses + source * n + t), PARAM, start, VECTOR),)
     return pointers
 
 
@@ -132,11 +118,8 @@ def _hyper(
     COMPUTE: tl.constexpr,
 ):
     """The fields of a block, the sign multiplied by the clip factor as for the CPU engine."""
-    clip = float64_of(clip_bits)
-    if clip_at is not None:
-        clip = tl.load(clip_at)
     block = hypers + index * HYPER_STRIDE
-    hyper = (tl.load(block) * clip.to(COMPUTE),)
+    hyper = (tl.load(block) * factor_of(clip_bits, clip_at, COMPUTE),)
     for i in tl.static_range(1, N_FIELDS):
         hyper += (tl.load(block + i),)
     return hyper
@@ -547,6 +530,82 @@ def _write_projected(
         tl.store(arrays[2] + offsets, narrow(u, STATE), mask=mask)
 
 
+@triton.jit
+def _average_item(
+    arrays,
+    at,
+    size,
+    row,
+    n_rows,
+    inner,
+    hyper,
+    AVERAGE: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    V: tl.constexpr,
+    N_STATES: tl.constexpr,
+    STATE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Stores the new averages of a chunk of a row; its sums of w*w and w*u."""
+    LANES: tl.constexpr = 1 << STEPS
+    lanes = tl.arange(0, LANES)
+    ww = tl.zeros([LANES], tl.float64)
+    wu = tl.zeros([LANES], tl.float64)
+    full = size // LANES * LANES
+    for k in range(0, full, LANES):
+        offsets = _stripe(at + k + lanes, row, n_rows, inner, VECTOR)
+        ww, wu = _add_averages(
+            *(arrays, offsets, None, hyper, ww, wu, AVERAGE, DIRECTION, V, N_STATES, STATE)
+        )
+    if full < size:
+        offsets = _stripe(at + full + lanes, row, n_rows, inner, VECTOR)
+        mask = full + lanes < size
+        ww, wu = _add_averages(
+            *(arrays, offsets, mask, hyper, ww, wu, AVERAGE, DIRECTION, V, N_STATES, STATE)
+        )
+    return _halve_one(ww, STEPS), _halve_one(wu, STEPS)
+
+
+@triton.jit
+def _write_item(
+    arrays,
+    at,
+    size,
+    row,
+    n_rows,
+    inner,
+    hyper,
+    radial,
+    DIRECTION: tl.constexpr,
+    PROJECTION: tl.constexpr,
+    V: tl.constexpr,
+    N_STATES: tl.constexpr,
+    READS_GRAD: tl.constexpr,
+    PROJECTS_BUFFER: tl.constexpr,
+    PARAM: tl.constexpr,
+    STATE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """The projected step of a chunk of a row, from averages that are stored."""
+    LANES: tl.constexpr = 1 << STEPS
+    lanes = tl.arange(0, LANES)
+    full = size // LANES * LANES
+    for k in range(0, full, LANES):
+        offsets = _stripe(at + k + lanes, row, n_rows, inner, VECTOR)
+        _write_projected(
+            *(arrays, offsets, None, hyper, radial, DIRECTION, PROJECTION, V),
+            *(N_STATES, READS_GRAD, PROJECTS_BUFFER, PARAM, STATE),
+        )
+    if full < size:
+        offsets = _stripe(at + full + lanes, row, n_rows, inner, VECTOR)
+        _write_projected(
+            *(arrays, offsets, full + lanes < size, hyper, radial, DIRECTION, PROJECTION, V),
+            *(N_STATES, READS_GRAD, PROJECTS_BUFFER, PARAM, STATE),
+        )
+
+
 @triton.jit(
     do_not_specialize=["n", "n_programs", "clip_bits"], do_not_specialize_on_alignment=UNALIGNED
 )
@@ -582,7 +641,6 @@ def rows_kernel(
     ITEM_SUMS: tl.constexpr,
     TILE_SUMS: tl.constexpr,
 ):
-    LANES: tl.constexpr = 1 << STEPS
     t, begin, end, n_rows, row_size, inner, n_chunks = _items(
         programs, n_programs, tensors, n, found_inf, CHUNK
     )
@@ -592,7 +650,6 @@ def rows_kernel(
         eps, _, _, _, _ = PROJECTION(hyper)
         of_tensor = sums + _field(tensors, n, 3, t) * TILE_SUMS
         of_rows = of_tensor + ITEM_SUMS * _field(tensors, n, 4, t)
-        lanes = tl.arange(0, LANES)
         for item in range(begin, end):
             row, chunk = _item(item, n_rows, n_chunks, row_size, inner)
             size = tl.minimum(row_size - chunk * CHUNK, CHUNK).to(tl.int32)
@@ -600,47 +657,26 @@ def rows_kernel(
             if VECTOR > 1:
                 start, at = row * row_size + chunk * CHUNK, chunk * 0
             arrays = _arrays(addresses, n, t, start, SOURCE, N_STATES, PARAM, STATE, VECTOR)
-            full = size // LANES * LANES
             if IS_WRITE:
                 radial = tl.load(of_rows + row)
             else:
-                ww = tl.zeros([LANES], tl.float64)
-                wu = tl.zeros([LANES], tl.float64)
-                for k in range(0, full, LANES):
-                    offsets = _stripe(at + k + lanes, row, n_rows, inner, VECTOR)
-                    ww, wu = _add_averages(
-                        *(arrays, offsets, None, hyper, ww, wu),
-                        *(AVERAGE, DIRECTION, V, N_STATES, STATE),
-                    )
-                if full < size:
-                    offsets = _stripe(at + full + lanes, row, n_rows, inner, VECTOR)
-                    ww, wu = _add_averages(
-                        *(arrays, offsets, full + lanes < size, hyper, ww, wu),
-                        *(AVERAGE, DIRECTION, V, N_STATES, STATE),
-                    )
-                ww1 = _halve_one(ww, STEPS)
-                wu1 = _halve_one(wu, STEPS)
-                radial = _radial_part(ww1, wu1, eps)
+                ww, wu = _average_item(
+                    *(arrays, at, size, row, n_rows, inner, hyper),
+                    *(AVERAGE, DIRECTION, V, N_STATES, STATE, VECTOR, STEPS),
+                )
+                radial = _radial_part(ww, wu, eps)
                 if n_chunks > 1:
                     to = of_tensor + 2 * (row * n_chunks + chunk)
-                    tl.store(to, ww1)
-                    tl.store(to + 1, wu1)
+                    tl.store(to, ww)
+                    tl.store(to + 1, wu)
             if IS_WRITE or n_chunks == 1:
                 # What other threads stored is read again.
                 tl.debug_barrier()
-                c = radial.to(COMPUTE)
-                for k in range(0, full, LANES):
-                    offsets = _stripe(at + k + lanes, row, n_rows, inner, VECTOR)
-                    _write_projected(
-                        *(arrays, offsets, None, hyper, c, DIRECTION, PROJECTION, V),
-                        *(N_STATES, READS_GRAD, PROJECTS_BUFFER, PARAM, STATE),
-                    )
-                if full < size:
-                    offsets = _stripe(at + full + lanes, row, n_rows, inner, VECTOR)
-                    _write_projected(
-                        *(arrays, offsets, full + lanes < size, hyper, c, DIRECTION),
-                        *(PROJECTION, V, N_STATES, READS_GRAD, PROJECTS_BUFFER, PARAM, STATE),
-                    )
+                _write_item(
+                    *(arrays, at, size, row, n_rows, inner, hyper, radial.to(COMPUTE), DIRECTION),
+                    *(PROJECTION, V, N_STATES, READS_GRAD, PROJECTS_BUFFER, PARAM, STATE),
+                    *(VECTOR, STEPS),
+                )
 
 
 # -- elements --------------------------------------------------------------------------------------
@@ -918,11 +954,8 @@ def unscale_kernel(
 ):
     LANES: tl.constexpr = 1 << STEPS
     t, _number, start, size = _tile(programs, n_programs, tensors, n, found_inf, CHUNK)
-    grad = _pointer(tl.load(addresses + n + t), PARAM, start, VECTOR)
-    inv_scale = float64_of(inv_scale_bits)
-    if grad_scale is not None:
-        inv_scale = 1.0 / tl.load(grad_scale).to(tl.float64)
-    factor = inv_scale.to(COMPUTE)
+    grad = pointer_to(tl.load(addresses + n + t), PARAM, start, VECTOR)
+    factor = inverse_of(inv_scale_bits, grad_scale, COMPUTE)
     lanes = tl.arange(0, LANES)
     full = size // LANES * LANES
     for k in range(0, full, LANES):
