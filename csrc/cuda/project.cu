@@ -226,7 +226,6 @@ __device__ __forceinline__ void deal_row(const DealTable& table, const DealtRow&
   to->first_tile = from.first_tile;
   to->n_tiles = static_cast<int32_t>((from.numel + kChunk - 1) / kChunk);
   to->has_failed = from.n_rows < 2;
-  to->is_layer = 0;
 }
 
 // One block per tensor.
