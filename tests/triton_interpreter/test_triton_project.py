@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from engines import running
 from projected import Shape, Training
 from torch import Tensor
 from torch.nn import Parameter
+
+from pyoptim.kernels import launcher
 
 pytestmark = [
     pytest.mark.native,
@@ -101,6 +104,23 @@ def test_copies_of_every_dtype_are_read(
 @pytest.mark.parametrize("offsets", [(0, 1), (1, 0)], ids=str)
 def test_copies_may_be_aligned_unlike_their_parameters(offsets: tuple[int, int]) -> None:
     check_copies(Training(PLAIN, shapes=FEW, offsets=offsets[:1]), offset=offsets[1])
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_vectors_are_read_where_copies_are_aligned_too(
+    offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter would not notice; a GPU would refuse the access."""
+    widths: set[int] = set()
+    launch = launcher.launch
+
+    def note(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        widths.update({constants["VECTOR"]} if "VECTOR" in constants else ())
+        launch(kernel, grid, *args, **constants)
+
+    monkeypatch.setattr(launcher, "launch", note)
+    check_copies(Training(PLAIN, shapes=FEWER), offset)
+    assert widths == ({1} if offset else {4})
 
 
 @pytest.mark.parametrize("decision", ["channel", "layer"])
