@@ -82,41 +82,92 @@ def pointer_to(address, ELEMENT: tl.constexpr, start, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _update_block(
-    pointers,
-    offsets,
-    mask,
-    hyper,
-    inv_scale,
-    clip,
-    UPDATE: tl.constexpr,
-    V: tl.constexpr,
+def pointers_of(
+    addresses,
+    n_rows,
+    row,
+    start,
     N_STATES: tl.constexpr,
     PARAM: tl.constexpr,
     STATE: tl.constexpr,
-    UNSCALES: tl.constexpr,
-    CLIPS: tl.constexpr,
-    HAS_SOURCES: tl.constexpr,
-    HAS_MASTER: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
-    SOURCE: tl.constexpr = 2 + N_STATES if HAS_SOURCES else 0
-    p = widen(tl.load(pointers[SOURCE] + offsets, mask=mask))
-    g = widen(tl.load(pointers[1] + offsets, mask=mask))
+    """Pointers to param, grad and the states of a row, from element `start` on."""
+    pointers = ()
+    for i in tl.static_range(2 + N_STATES):
+        address = tl.load(addresses + i * n_rows + row)
+        if i < 2:
+            pointers += (pointer_to(address, PARAM, start, VECTOR),)
+        else:
+            pointers += (pointer_to(address, STATE, start, VECTOR),)
+    return pointers
+
+
+@triton.jit
+def hyper_at(hypers, index, N_FIELDS: tl.constexpr, HYPER_STRIDE: tl.constexpr):
+    """The fields of a block of hyper-parameters."""
+    block = hypers + index * HYPER_STRIDE
+    hyper = ()
+    for i in tl.static_range(N_FIELDS):
+        hyper += (tl.load(block + i),)
+    return hyper
+
+
+@triton.jit
+def factor_of(bits, at, COMPUTE: tl.constexpr):
+    """The float64 at `at`, or of these bits where that is None, in the type of the arithmetic."""
+    factor = float64_of(bits)
+    if at is not None:
+        factor = tl.load(at)
+    return factor.to(COMPUTE)
+
+
+@triton.jit
+def inverse_of(inv_scale_bits, grad_scale, COMPUTE: tl.constexpr):
+    """What unscales gradients: 1 / grad_scale where there is one."""
+    inv_scale = float64_of(inv_scale_bits)
+    if grad_scale is not None:
+        inv_scale = 1.0 / tl.load(grad_scale).to(tl.float64)
+    return inv_scale.to(COMPUTE)
+
+
+@triton.jit
+def load_states(pointers, offsets, mask, N_STATES: tl.constexpr):
     states = ()
     for i in tl.static_range(N_STATES):
         states += (widen(tl.load(pointers[2 + i] + offsets, mask=mask)),)
-    if UNSCALES:
-        rounded = narrow(g * inv_scale, PARAM)
+    return states
+
+
+@triton.jit
+def _update_block(
+    pointers,  # to param, grad, states, and where param is read
+    offsets,
+    mask,
+    hyper,
+    inv_scale,  # or None
+    clip,  # or None
+    UPDATE: tl.constexpr,
+    V: tl.constexpr,
+    N_STATES: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+):
+    p = widen(tl.load(pointers[2 + N_STATES] + offsets, mask=mask))
+    g = widen(tl.load(pointers[1] + offsets, mask=mask))
+    states = load_states(pointers, offsets, mask, N_STATES)
+    if inv_scale is not None:
+        rounded = narrow(g * inv_scale, pointers[1].dtype.element_ty)
         tl.store(pointers[1] + offsets, rounded, mask=mask)
         g = widen(rounded)
-    if CLIPS:
+    if clip is not None:
         g = g * clip
     p, states = UPDATE(p, g, states, hyper, V)
-    tl.store(pointers[0] + offsets, narrow(p, PARAM), mask=mask)
+    tl.store(pointers[0] + offsets, narrow(p, pointers[0].dtype.element_ty), mask=mask)
     if HAS_MASTER:
-        tl.store(pointers[SOURCE] + offsets, p, mask=mask)
+        tl.store(pointers[2 + N_STATES] + offsets, p, mask=mask)
     for i in tl.static_range(N_STATES):
-        tl.store(pointers[2 + i] + offsets, narrow(states[i], STATE), mask=mask)
+        state = narrow(states[i], pointers[2 + i].dtype.element_ty)
+        tl.store(pointers[2 + i] + offsets, state, mask=mask)
 
 
 @triton.jit(
@@ -159,70 +210,24 @@ def update_kernel(
     left = tl.minimum(tl.load(layout + row) - start, CHUNK).to(tl.int32)
     if found_inf is not None:
         left = tl.where(tl.load(found_inf) == 0, left, 0)
-
-    inv_scale = float64_of(inv_scale_bits)
-    if grad_scale is not None:
-        inv_scale = 1.0 / tl.load(grad_scale).to(tl.float64)
-    clip = float64_of(clip_bits)
-    if clip_at is not None:
-        clip = tl.load(clip_at)
-    inv_scale = inv_scale.to(COMPUTE)
-    clip = clip.to(COMPUTE)
-    block = hypers + tl.load(layout + n_rows + row) * HYPER_STRIDE
-    hyper = ()
-    for i in tl.static_range(N_FIELDS):
-        hyper += (tl.load(block + i),)
-
-    pointers = ()
-    for i in tl.static_range(2 + N_STATES):
-        address = tl.load(addresses + i * n_rows + row)
-        if i < 2:
-            pointers += (pointer_to(address, PARAM, start, VECTOR),)
-        else:
-            pointers += (pointer_to(address, STATE, start, VECTOR),)
-    if HAS_SOURCES:
-        address = tl.load(addresses + (2 + N_STATES) * n_rows + row)
-        pointers += (pointer_to(address, SOURCE, start, VECTOR),)
+    inv_scale, clip = None, None
+    if UNSCALES:
+        inv_scale = inverse_of(inv_scale_bits, grad_scale, COMPUTE)
+    if CLIPS:
+        clip = factor_of(clip_bits, clip_at, COMPUTE)
+    hyper = hyper_at(hypers, tl.load(layout + n_rows + row), N_FIELDS, HYPER_STRIDE)
+    pointers = pointers_of(addresses, n_rows, row, start, N_STATES, PARAM, STATE, VECTOR)
+    read_at = addresses + (2 + N_STATES if HAS_SOURCES else 0) * n_rows + row
+    pointers += (pointer_to(tl.load(read_at), SOURCE, start, VECTOR),)
     lanes = tl.arange(0, BLOCK)
     full = left // BLOCK * BLOCK
     for begin in range(0, full, BLOCK):
-        offsets = begin + lanes
         _update_block(
-            pointers,
-            offsets,
-            None,
-            hyper,
-            inv_scale,
-            clip,
-            UPDATE,
-            V,
-            N_STATES,
-            PARAM,
-            STATE,
-            UNSCALES,
-            CLIPS,
-            HAS_SOURCES,
-            HAS_MASTER,
+            pointers, begin + lanes, None, hyper, inv_scale, clip, UPDATE, V, N_STATES, HAS_MASTER
         )
     if full < left:
-        offsets = full + lanes
-        _update_block(
-            pointers,
-            offsets,
-            offsets < left,
-            hyper,
-            inv_scale,
-            clip,
-            UPDATE,
-            V,
-            N_STATES,
-            PARAM,
-            STATE,
-            UNSCALES,
-            CLIPS,
-            HAS_SOURCES,
-            HAS_MASTER,
-        )
+        at, mask = full + lanes, full + lanes < left
+        _update_block(pointers, at, mask, hyper, inv_scale, clip, UPDATE, V, N_STATES, HAS_MASTER)
 
 
 @triton.jit
@@ -345,7 +350,7 @@ def update(
 
         project.update(
             *(rule, variant, dtypes, device, addresses, numels, rows, hyper_index, hypers),
-            *(live_hypers, inv_scale, grad_scale, clip, clip_at, found_inf, cache),
+            *(live_hypers, inv_scale, grad_scale, clip, clip_at, found_inf, cache, has_sources),
         )
         return
     if hasattr(RULES[rule], "point"):

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pyoptim.kernels import engine, launcher
-from pyoptim.kernels.elements import float64_of, narrow, widen
+from pyoptim.kernels.elements import narrow, widen
+from pyoptim.kernels.engine import factor_of, inverse_of, pointer_to, pointers_of
 from pyoptim.kernels.launcher import Array, bits_of, upload
 
 LANE_STEPS = 10
@@ -85,33 +86,24 @@ def _field(tensors, n, row: tl.constexpr, t):
 
 
 @triton.jit
-def _pointer(address, ELEMENT: tl.constexpr, start, VECTOR: tl.constexpr):
-    pointer = address.to(tl.pointer_type(ELEMENT)) + start
-    if VECTOR > 1:
-        # On the pointer, not on the integer: the hint does not survive the cast.
-        pointer = tl.multiple_of(pointer, VECTOR * (ELEMENT.primitive_bitwidth // 8))
-    return pointer
-
-
-@triton.jit
 def _arrays(
     addresses,
     n,
     t,
     start,
+    source,
     N_STATES: tl.constexpr,
     PARAM: tl.constexpr,
     STATE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Pointers to param, grad and the states of tensor t, from element `start` on."""
-    pointers = ()
-    for i in tl.static_range(2 + N_STATES):
-        address = tl.load(addresses + i * n + t)
-        if i < 2:
-            pointers += (_pointer(address, PARAM, start, VECTOR),)
-        else:
-            pointers += (_pointer(address, STATE, start, VECTOR),)
+    """Pointers to param, grad, the states and where param is read, from element `start` on.
+
+    Args:
+        source: the row of `addresses` that says where tensor t's param is read.
+    """
+    pointers = pointers_of(addresses, n, t, start, N_STATES, PARAM, STATE, VECTOR)
+    pointers += (pointer_to(tl.load(addresses + source * n + t), PARAM, start, VECTOR),)
     return pointers
 
 
@@ -126,11 +118,8 @@ def _hyper(
     COMPUTE: tl.constexpr,
 ):
     """The fields of a block, the sign multiplied by the clip factor as for the CPU engine."""
-    clip = float64_of(clip_bits)
-    if clip_at is not None:
-        clip = tl.load(clip_at)
     block = hypers + index * HYPER_STRIDE
-    hyper = (tl.load(block) * clip.to(COMPUTE),)
+    hyper = (tl.load(block) * factor_of(clip_bits, clip_at, COMPUTE),)
     for i in tl.static_range(1, N_FIELDS):
         hyper += (tl.load(block + i),)
     return hyper
@@ -248,7 +237,7 @@ def _fail_if(fails, failed):
     do_not_specialize=["n", "n_programs", "clip_bits"], do_not_specialize_on_alignment=UNALIGNED
 )
 def check_short_kernel(
-    addresses,  # int64 [2 + N_STATES][n]
+    addresses,  # int64 [2 + N_STATES][n], and [n] more where param is read elsewhere
     tensors,  # int64 [6][n]: numel, n_rows, inner, first tile, number of tiles, hyper
     n,
     programs,  # int64 [3][n_programs]: tensor, first item, end
@@ -262,6 +251,7 @@ def check_short_kernel(
     N_FIELDS: tl.constexpr,
     HYPER_STRIDE: tl.constexpr,
     PARAM: tl.constexpr,
+    SOURCE: tl.constexpr,  # the row of addresses that says where param is read
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,  # of the tree over a row's columns
@@ -273,12 +263,12 @@ def check_short_kernel(
     index = _field(tensors, n, 5, t)
     hyper = _hyper(hypers, index, clip_bits, clip_at, N_FIELDS, HYPER_STRIDE, COMPUTE)
     eps, _, _, _, delta = PROJECTION(hyper)
-    arrays = _arrays(addresses, n, t, 0, 0, PARAM, PARAM, 1)
+    arrays = _arrays(addresses, n, t, 0, SOURCE, 0, PARAM, PARAM, 1)
     for first in range(begin, end, ROWS):
         # By another program, while this one runs.
         if tl.load(failed + t, volatile=True) == 0:
             offsets, mask = _short_rows(first, end, n_rows, row_size, inner, ROWS, STEPS)
-            w = _load(arrays[0] + offsets, mask).to(tl.float64)
+            w = _load(arrays[2] + offsets, mask).to(tl.float64)
             g = _load(arrays[1] + offsets, mask).to(tl.float64)
             passes = _is_orthogonal(
                 _halve(g * w, ROWS, STEPS),
@@ -295,7 +285,7 @@ def check_short_kernel(
 
 @triton.jit
 def _add_check(arrays, offsets, mask, gw, gg, ww):
-    w = _load(arrays[0] + offsets, mask).to(tl.float64)
+    w = _load(arrays[2] + offsets, mask).to(tl.float64)
     g = _load(arrays[1] + offsets, mask).to(tl.float64)
     return gw + g * w, gg + g * g, ww + w * w
 
@@ -319,6 +309,7 @@ def check_kernel(
     N_FIELDS: tl.constexpr,
     HYPER_STRIDE: tl.constexpr,
     PARAM: tl.constexpr,
+    SOURCE: tl.constexpr,
     COMPUTE: tl.constexpr,
     VECTOR: tl.constexpr,
     STEPS: tl.constexpr,
@@ -340,7 +331,7 @@ def check_kernel(
             start, at = chunk * 0, chunk * CHUNK
             if VECTOR > 1:
                 start, at = row * row_size + chunk * CHUNK, chunk * 0
-            arrays = _arrays(addresses, n, t, start, 0, PARAM, PARAM, VECTOR)
+            arrays = _arrays(addresses, n, t, start, SOURCE, 0, PARAM, PARAM, VECTOR)
             gw = tl.zeros([LANES], tl.float64)
             gg = tl.zeros([LANES], tl.float64)
             ww = tl.zeros([LANES], tl.float64)
@@ -445,6 +436,7 @@ def rows_short_kernel(
     N_FIELDS: tl.constexpr,
     HYPER_STRIDE: tl.constexpr,
     PARAM: tl.constexpr,
+    SOURCE: tl.constexpr,
     STATE: tl.constexpr,
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -458,10 +450,10 @@ def rows_short_kernel(
         index = _field(tensors, n, 5, t)
         hyper = _hyper(hypers, index, clip_bits, clip_at, N_FIELDS, HYPER_STRIDE, COMPUTE)
         eps, step_size, _, decay, _ = PROJECTION(hyper)
-        arrays = _arrays(addresses, n, t, 0, N_STATES, PARAM, STATE, 1)
+        arrays = _arrays(addresses, n, t, 0, SOURCE, N_STATES, PARAM, STATE, 1)
         for first in range(begin, end, ROWS):
             offsets, mask = _short_rows(first, end, n_rows, row_size, inner, ROWS, STEPS)
-            p = _load(arrays[0] + offsets, mask)
+            p = _load(arrays[2 + N_STATES] + offsets, mask)
             g = _load(arrays[1] + offsets, mask)
             states = _new_averages(AVERAGE, arrays, offsets, mask, g, hyper, N_STATES, STATE)
             u = DIRECTION(g, states, hyper, V)
@@ -487,7 +479,7 @@ def _add_averages(
     N_STATES: tl.constexpr,
     STATE: tl.constexpr,
 ):
-    p = _load(arrays[0] + offsets, mask)
+    p = _load(arrays[2 + N_STATES] + offsets, mask)
     g = _load(arrays[1] + offsets, mask)
     states = _new_averages(AVERAGE, arrays, offsets, mask, g, hyper, N_STATES, STATE)
     u = DIRECTION(g, states, hyper, V)
@@ -506,7 +498,7 @@ def _stored_direction(
     READS_GRAD: tl.constexpr,
 ):
     """(p, u) from the averages in memory."""
-    p = _load(arrays[0] + offsets, mask)
+    p = _load(arrays[2 + N_STATES] + offsets, mask)
     g = p
     if READS_GRAD:
         g = _load(arrays[1] + offsets, mask)
@@ -538,6 +530,82 @@ def _write_projected(
         tl.store(arrays[2] + offsets, narrow(u, STATE), mask=mask)
 
 
+@triton.jit
+def _average_item(
+    arrays,
+    at,
+    size,
+    row,
+    n_rows,
+    inner,
+    hyper,
+    AVERAGE: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    V: tl.constexpr,
+    N_STATES: tl.constexpr,
+    STATE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Stores the new averages of a chunk of a row; its sums of w*w and w*u."""
+    LANES: tl.constexpr = 1 << STEPS
+    lanes = tl.arange(0, LANES)
+    ww = tl.zeros([LANES], tl.float64)
+    wu = tl.zeros([LANES], tl.float64)
+    full = size // LANES * LANES
+    for k in range(0, full, LANES):
+        offsets = _stripe(at + k + lanes, row, n_rows, inner, VECTOR)
+        ww, wu = _add_averages(
+            *(arrays, offsets, None, hyper, ww, wu, AVERAGE, DIRECTION, V, N_STATES, STATE)
+        )
+    if full < size:
+        offsets = _stripe(at + full + lanes, row, n_rows, inner, VECTOR)
+        mask = full + lanes < size
+        ww, wu = _add_averages(
+            *(arrays, offsets, mask, hyper, ww, wu, AVERAGE, DIRECTION, V, N_STATES, STATE)
+        )
+    return _halve_one(ww, STEPS), _halve_one(wu, STEPS)
+
+
+@triton.jit
+def _write_item(
+    arrays,
+    at,
+    size,
+    row,
+    n_rows,
+    inner,
+    hyper,
+    radial,
+    DIRECTION: tl.constexpr,
+    PROJECTION: tl.constexpr,
+    V: tl.constexpr,
+    N_STATES: tl.constexpr,
+    READS_GRAD: tl.constexpr,
+    PROJECTS_BUFFER: tl.constexpr,
+    PARAM: tl.constexpr,
+    STATE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """The projected step of a chunk of a row, from averages that are stored."""
+    LANES: tl.constexpr = 1 << STEPS
+    lanes = tl.arange(0, LANES)
+    full = size // LANES * LANES
+    for k in range(0, full, LANES):
+        offsets = _stripe(at + k + lanes, row, n_rows, inner, VECTOR)
+        _write_projected(
+            *(arrays, offsets, None, hyper, radial, DIRECTION, PROJECTION, V),
+            *(N_STATES, READS_GRAD, PROJECTS_BUFFER, PARAM, STATE),
+        )
+    if full < size:
+        offsets = _stripe(at + full + lanes, row, n_rows, inner, VECTOR)
+        _write_projected(
+            *(arrays, offsets, full + lanes < size, hyper, radial, DIRECTION, PROJECTION, V),
+            *(N_STATES, READS_GRAD, PROJECTS_BUFFER, PARAM, STATE),
+        )
+
+
 @triton.jit(
     do_not_specialize=["n", "n_programs", "clip_bits"], do_not_specialize_on_alignment=UNALIGNED
 )
@@ -564,6 +632,7 @@ def rows_kernel(
     N_FIELDS: tl.constexpr,
     HYPER_STRIDE: tl.constexpr,
     PARAM: tl.constexpr,
+    SOURCE: tl.constexpr,
     STATE: tl.constexpr,
     COMPUTE: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -572,7 +641,6 @@ def rows_kernel(
     ITEM_SUMS: tl.constexpr,
     TILE_SUMS: tl.constexpr,
 ):
-    LANES: tl.constexpr = 1 << STEPS
     t, begin, end, n_rows, row_size, inner, n_chunks = _items(
         programs, n_programs, tensors, n, found_inf, CHUNK
     )
@@ -582,55 +650,33 @@ def rows_kernel(
         eps, _, _, _, _ = PROJECTION(hyper)
         of_tensor = sums + _field(tensors, n, 3, t) * TILE_SUMS
         of_rows = of_tensor + ITEM_SUMS * _field(tensors, n, 4, t)
-        lanes = tl.arange(0, LANES)
         for item in range(begin, end):
             row, chunk = _item(item, n_rows, n_chunks, row_size, inner)
             size = tl.minimum(row_size - chunk * CHUNK, CHUNK).to(tl.int32)
             start, at = chunk * 0, chunk * CHUNK
             if VECTOR > 1:
                 start, at = row * row_size + chunk * CHUNK, chunk * 0
-            arrays = _arrays(addresses, n, t, start, N_STATES, PARAM, STATE, VECTOR)
-            full = size // LANES * LANES
+            arrays = _arrays(addresses, n, t, start, SOURCE, N_STATES, PARAM, STATE, VECTOR)
             if IS_WRITE:
                 radial = tl.load(of_rows + row)
             else:
-                ww = tl.zeros([LANES], tl.float64)
-                wu = tl.zeros([LANES], tl.float64)
-                for k in range(0, full, LANES):
-                    offsets = _stripe(at + k + lanes, row, n_rows, inner, VECTOR)
-                    ww, wu = _add_averages(
-                        *(arrays, offsets, None, hyper, ww, wu),
-                        *(AVERAGE, DIRECTION, V, N_STATES, STATE),
-                    )
-                if full < size:
-                    offsets = _stripe(at + full + lanes, row, n_rows, inner, VECTOR)
-                    ww, wu = _add_averages(
-                        *(arrays, offsets, full + lanes < size, hyper, ww, wu),
-                        *(AVERAGE, DIRECTION, V, N_STATES, STATE),
-                    )
-                ww1 = _halve_one(ww, STEPS)
-                wu1 = _halve_one(wu, STEPS)
-                radial = _radial_part(ww1, wu1, eps)
+                ww, wu = _average_item(
+                    *(arrays, at, size, row, n_rows, inner, hyper),
+                    *(AVERAGE, DIRECTION, V, N_STATES, STATE, VECTOR, STEPS),
+                )
+                radial = _radial_part(ww, wu, eps)
                 if n_chunks > 1:
                     to = of_tensor + 2 * (row * n_chunks + chunk)
-                    tl.store(to, ww1)
-                    tl.store(to + 1, wu1)
+                    tl.store(to, ww)
+                    tl.store(to + 1, wu)
             if IS_WRITE or n_chunks == 1:
                 # What other threads stored is read again.
                 tl.debug_barrier()
-                c = radial.to(COMPUTE)
-                for k in range(0, full, LANES):
-                    offsets = _stripe(at + k + lanes, row, n_rows, inner, VECTOR)
-                    _write_projected(
-                        *(arrays, offsets, None, hyper, c, DIRECTION, PROJECTION, V),
-                        *(N_STATES, READS_GRAD, PROJECTS_BUFFER, PARAM, STATE),
-                    )
-                if full < size:
-                    offsets = _stripe(at + full + lanes, row, n_rows, inner, VECTOR)
-                    _write_projected(
-                        *(arrays, offsets, full + lanes < size, hyper, c, DIRECTION),
-                        *(PROJECTION, V, N_STATES, READS_GRAD, PROJECTS_BUFFER, PARAM, STATE),
-                    )
+                _write_item(
+                    *(arrays, at, size, row, n_rows, inner, hyper, radial.to(COMPUTE), DIRECTION),
+                    *(PROJECTION, V, N_STATES, READS_GRAD, PROJECTS_BUFFER, PARAM, STATE),
+                    *(VECTOR, STEPS),
+                )
 
 
 # -- elements --------------------------------------------------------------------------------------
@@ -671,7 +717,7 @@ def _sweep(
     STATE: tl.constexpr,
 ):
     _, step_size, decay, _, _ = PROJECTION(hyper)
-    p = _load(arrays[0] + offsets, mask)
+    p = _load(arrays[2 + N_STATES] + offsets, mask)
     g = _load(arrays[1] + offsets, mask)
     states = _new_averages(AVERAGE, arrays, offsets, mask, g, hyper, N_STATES, STATE)
     u = DIRECTION(g, states, hyper, V)
@@ -705,6 +751,7 @@ def sweep_kernel(
     N_FIELDS: tl.constexpr,
     HYPER_STRIDE: tl.constexpr,
     PARAM: tl.constexpr,
+    SOURCE: tl.constexpr,
     STATE: tl.constexpr,
     COMPUTE: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -720,7 +767,7 @@ def sweep_kernel(
         hyper = _hyper(hypers, index, clip_bits, clip_at, N_FIELDS, HYPER_STRIDE, COMPUTE)
         _, _, decay, _, _ = PROJECTION(hyper)
         writes_param = (has_rows & _is_deferred(decay)) == 0
-        arrays = _arrays(addresses, n, t, start, N_STATES, PARAM, STATE, VECTOR)
+        arrays = _arrays(addresses, n, t, start, SOURCE, N_STATES, PARAM, STATE, VECTOR)
         lanes = tl.arange(0, LANES)
         gw = tl.zeros([LANES], tl.float64)
         gg = tl.zeros([LANES], tl.float64)
@@ -852,6 +899,7 @@ def write_kernel(
     N_FIELDS: tl.constexpr,
     HYPER_STRIDE: tl.constexpr,
     PARAM: tl.constexpr,
+    SOURCE: tl.constexpr,
     STATE: tl.constexpr,
     COMPUTE: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -867,7 +915,9 @@ def write_kernel(
     if (tl.load(failed + t) != 0) & (projects | _is_deferred(decay)) & (size > 0):
         radial = tl.load(layer + 2 * t).to(COMPUTE)
         pull = tl.load(layer + 2 * t + 1).to(COMPUTE)
-        arrays = _arrays(addresses, n, t, start, N_STATES, PARAM, STATE, VECTOR)
+        # A repair starts from the result of the sweep.
+        source = tl.where(_is_deferred(decay), SOURCE, 0)
+        arrays = _arrays(addresses, n, t, start, source, N_STATES, PARAM, STATE, VECTOR)
         lanes = tl.arange(0, LANES)
         full = size // LANES * LANES
         for k in range(0, full, LANES):
@@ -904,11 +954,8 @@ def unscale_kernel(
 ):
     LANES: tl.constexpr = 1 << STEPS
     t, _number, start, size = _tile(programs, n_programs, tensors, n, found_inf, CHUNK)
-    grad = _pointer(tl.load(addresses + n + t), PARAM, start, VECTOR)
-    inv_scale = float64_of(inv_scale_bits)
-    if grad_scale is not None:
-        inv_scale = 1.0 / tl.load(grad_scale).to(tl.float64)
-    factor = inv_scale.to(COMPUTE)
+    grad = pointer_to(tl.load(addresses + n + t), PARAM, start, VECTOR)
+    factor = inverse_of(inv_scale_bits, grad_scale, COMPUTE)
     lanes = tl.arange(0, LANES)
     full = size // LANES * LANES
     for k in range(0, full, LANES):
@@ -1039,9 +1086,11 @@ class _Step:
         clip_at: Tensor | None,
         found_inf: Tensor | None,
         cache: dict[Any, Any],
+        has_sources: bool,
     ) -> None:
         self.rule, self.types = engine.RULES[rule], engine.DTYPES[dtypes]
         self.variant, self.device, self.plan, self.cache = variant, device, plan, cache
+        self.source = 2 + self.rule.N_STATES[variant] if has_sources else 0
         n = plan.tensors.shape[1]
         self.addresses = self._upload("addresses", np.frombuffer(addresses, np.int64), addresses)
         self.tensors = self._upload("tensors", plan.tensors.reshape(-1)), n
@@ -1085,7 +1134,7 @@ class _Step:
     def check(self) -> None:
         for of in (self.plan.first, self.plan.others):
             for (steps, vector), programs in of.items():
-                constants = {"PARAM": self.types.param, **self._constants()}
+                constants = {"PARAM": self.types.param, "SOURCE": self.source, **self._constants()}
                 if steps < LANE_STEPS:
                     more = {"ROWS": LANES >> steps, "STEPS": steps, "CHUNK": CHUNK}
                     self._launch(check_short_kernel, programs, **constants, **more)
@@ -1177,6 +1226,7 @@ class _Step:
             "READS_GRAD": self.rule.READS_GRAD[self.variant],
             "PROJECTS_BUFFER": self.rule.PROJECTS_BUFFER[self.variant],
             "PARAM": self.types.param,
+            "SOURCE": self.source,
             "STATE": self.types.state,
         }
 
@@ -1202,6 +1252,7 @@ def update(
     clip_at: Tensor | None,
     found_inf: Tensor | None,
     cache: dict[Any, Any],
+    has_sources: bool,
 ) -> None:
     """As engine.update, of a rule that projects.
 
@@ -1209,14 +1260,15 @@ def update(
         rows: int64 [2][n]: TableRow::n_rows and inner; empty: all 0.
     """
     types = engine.DTYPES[dtypes]
-    table = np.frombuffer(addresses, np.int64).reshape(2 + engine.RULES[rule].N_STATES[variant], -1)
+    n_arrays = 2 + engine.RULES[rule].N_STATES[variant]
+    table = np.frombuffer(addresses, np.int64).reshape(n_arrays + has_sources, -1)
     numel = np.frombuffer(numels, np.int64)
     if not numel.any():
         return
     is_live = live_hypers is not None
-    size = np.array([types.bytes_of(i) for i in range(len(table))])[:, None]
+    sizes = [types.bytes_of(i) for i in range(n_arrays)] + [types.bytes_of(0)] * has_sources
     most = min(types.vector, LANES // (32 * NUM_WARPS))
-    vector = np.where((table % (most * size) == 0).all(axis=0), most, 1)
+    vector = np.where((table % (most * np.array(sizes)[:, None]) == 0).all(axis=0), most, 1)
     key = (types, numels, rows, b"" if is_live else hyper_index, vector.tobytes())
     if cache.get("project plan", (None,))[0] != key:
         index = np.arange(len(numel)) if is_live else np.frombuffer(hyper_index, np.int32)
@@ -1230,7 +1282,7 @@ def update(
         plan = cache["project plan"][1]
         step = _Step(
             *(rule, variant, dtypes, device, plan, addresses),
-            *(blocks, clip, clip_at, found_inf, cache),
+            *(blocks, clip, clip_at, found_inf, cache, has_sources),
         )
         if grad_scale is not None or inv_scale != 1.0:
             step.unscale(inv_scale, grad_scale)

@@ -346,6 +346,19 @@ def _keep_best(scores, indices, at, score, index, mask):
     tl.store(indices + at, index, mask=mask & is_better)
 
 
+@triton.jit
+def _slack_of(norm, score, about, products, squares, whole, tiny, METRIC: tl.constexpr):
+    """As reach_of and slack_of in csrc/cuda/search.cu."""
+    largest = tl.load(about + 1)
+    reach = norm * 0 + largest
+    if METRIC == 0:
+        around = (norm + tl.load(about) * tl.sqrt(score)) * (1 + 1e-6)
+        reach = tl.where(around < largest, around, largest)
+    total = norm + reach + tl.load(about + 2)
+    slack = float64_of(products) * norm * reach + float64_of(squares) * reach * reach
+    return slack + float64_of(whole) * total * total + float64_of(tiny) * (1 + norm + reach)
+
+
 @triton.jit(
     do_not_specialize=[
         *("x_stride", "n", "y_stride", "d", "products", "squares", "whole", "tiny"),
@@ -403,14 +416,7 @@ def certify_kernel(
     at_x = _number(x_rows, tl.where(is_row, row, 0), is_row)
     at_y = _number(y_rows, tl.where(is_filtered, i, 0), is_filtered)
     score = _score(x + at_x * x_stride, y + at_y * y_stride, d, METRIC, N)
-    largest = tl.load(about + 1)
-    reach = norm * 0 + largest
-    if METRIC == 0:
-        around = (norm + tl.load(about) * tl.sqrt(score)) * (1 + 1e-6)
-        reach = tl.where(around < largest, around, largest)
-    total = norm + reach + tl.load(about + 2)
-    slack = float64_of(products) * norm * reach + float64_of(squares) * reach * reach
-    slack = slack + float64_of(whole) * total * total + float64_of(tiny) * (1 + norm + reach)
+    slack = _slack_of(norm, score, about, products, squares, whole, tiny, METRIC)
     limit = first.to(tl.float64) + slack
     is_certain = is_filtered & (third.to(tl.float64) > limit)
     has_two = is_certain & ~(second.to(tl.float64) > limit)

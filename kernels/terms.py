@@ -15,13 +15,17 @@ import triton.language as tl
 from torch import Tensor
 
 from pyoptim.kernels import launcher, reduce
-from pyoptim.kernels.elements import float64_of, narrow, widen
+from pyoptim.kernels.elements import narrow, widen
 from pyoptim.kernels.engine import (
     DTYPES,
     constants_of,
+    factor_of,
+    hyper_at,
     hyper_blocks,
+    load_states,
     parts_of,
     pointer_to,
+    pointers_of,
     tables_of,
 )
 from pyoptim.kernels.launcher import bits_of
@@ -34,28 +38,24 @@ NUM_WARPS = 8
 
 @triton.jit
 def _block(
-    pointers,
+    pointers,  # to param, grad, states, where param is read, and what keeps it
     offsets,
     mask,
     hyper,
-    clip,
+    clip,  # or None
     POINT: tl.constexpr,
     V: tl.constexpr,
     N_STATES: tl.constexpr,
-    PARAM: tl.constexpr,
-    CLIPS: tl.constexpr,
     SAVES: tl.constexpr,
 ):
     """Returns the terms, in float64."""
     source = tl.load(pointers[2 + N_STATES] + offsets, mask=mask)
     g = widen(tl.load(pointers[1] + offsets, mask=mask))
-    states = ()
-    for i in tl.static_range(N_STATES):
-        states += (widen(tl.load(pointers[2 + i] + offsets, mask=mask)),)
-    if CLIPS:
+    states = load_states(pointers, offsets, mask, N_STATES)
+    if clip is not None:
         g = g * clip
     p, a, b = POINT(widen(source), g, states, hyper, V)
-    tl.store(pointers[0] + offsets, narrow(p, PARAM), mask=mask)
+    tl.store(pointers[0] + offsets, narrow(p, pointers[0].dtype.element_ty), mask=mask)
     if SAVES:  # the bits as they were read
         tl.store(pointers[3 + N_STATES] + offsets, source, mask=mask)
     return a.to(tl.float64) * b.to(tl.float64)
@@ -103,58 +103,22 @@ def terms_kernel(
     if found_inf is not None:
         is_made = tl.load(found_inf) == 0
         left = tl.where(is_made, left, 0)
-    clip = float64_of(clip_bits)
-    if clip_at is not None:
-        clip = tl.load(clip_at)
-    clip = clip.to(COMPUTE)
-    block = hypers + tl.load(layout + n_rows + row) * HYPER_STRIDE
-    hyper = ()
-    for i in tl.static_range(N_FIELDS):
-        hyper += (tl.load(block + i),)
-
-    pointers = ()
-    for i in tl.static_range(4 + N_STATES):
-        address = tl.load(addresses + i * n_rows + row)
-        if i < 2 or i == 3 + N_STATES:
-            pointers += (pointer_to(address, PARAM, start, VECTOR),)
-        elif i == 2 + N_STATES:
-            pointers += (pointer_to(address, SOURCE, start, VECTOR),)
-        else:
-            pointers += (pointer_to(address, STATE, start, VECTOR),)
+    clip = None
+    if CLIPS:
+        clip = factor_of(clip_bits, clip_at, COMPUTE)
+    hyper = hyper_at(hypers, tl.load(layout + n_rows + row), N_FIELDS, HYPER_STRIDE)
+    pointers = pointers_of(addresses, n_rows, row, start, N_STATES, PARAM, STATE, VECTOR)
+    last = addresses + (2 + N_STATES) * n_rows + row
+    pointers += (pointer_to(tl.load(last), SOURCE, start, VECTOR),)
+    pointers += (pointer_to(tl.load(last + n_rows), PARAM, start, VECTOR),)
     lanes = tl.arange(0, LANES)
     total = tl.zeros([LANES], tl.float64)
     full = left // LANES * LANES
     for begin in range(0, full, LANES):
-        offsets = begin + lanes
-        total += _block(
-            pointers,
-            offsets,
-            None,
-            hyper,
-            clip,
-            POINT,
-            V,
-            N_STATES,
-            PARAM,
-            CLIPS,
-            SAVES,
-        )
+        total += _block(pointers, begin + lanes, None, hyper, clip, POINT, V, N_STATES, SAVES)
     if full < left:
-        offsets = full + lanes
-        mask = offsets < left
-        terms = _block(
-            pointers,
-            offsets,
-            mask,
-            hyper,
-            clip,
-            POINT,
-            V,
-            N_STATES,
-            PARAM,
-            CLIPS,
-            SAVES,
-        )
+        mask = full + lanes < left
+        terms = _block(pointers, full + lanes, mask, hyper, clip, POINT, V, N_STATES, SAVES)
         total += tl.where(mask, terms, 0.0)
     if sums is not None:
         to = sums + tl.load(layout + 2 * n_rows + row) + number

@@ -59,7 +59,6 @@ class AdamP(ProjectingOptimizer):
     """
 
     rule = "adamp"
-    reads_copies = False
 
     def __init__(
         self,

@@ -31,8 +31,6 @@ class FusedOptimizer(Optimizer):
     """
 
     rule: ClassVar[str]
-    # Whether the kernels of a GPU can read a parameter from a copy.
-    reads_copies: ClassVar[bool] = True
     counts_steps: ClassVar[bool] = True
     # GradScaler then hands over grad_scale and found_inf instead of unscaling in a pass of its own.
     _step_supports_amp_scaling = True

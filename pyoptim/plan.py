@@ -77,7 +77,7 @@ def _step_rows(optimizer: FusedOptimizer) -> Any:
     fill_states(optimizer, rows, with_grads=factors.writes_grads)
     are_shared = share_memory(rows, factors.writes_grads)
     with torch.no_grad():
-        restore_unread(optimizer, rows, are_shared)
+        restore_unread(rows, are_shared)
     # Rows that share memory see each other's result, in order, as in torch's for-loop.
     if are_shared:
         for row in rows:

@@ -484,7 +484,7 @@ def find_sources(optimizer: FusedOptimizer, rows: list[Row]) -> None:
         row.source = _local(source)
 
 
-def restore_unread(optimizer: FusedOptimizer, rows: list[Row], are_shared: bool) -> None:
+def restore_unread(rows: list[Row], are_shared: bool) -> None:
     """Copies back what no kernel is to read: it then is as if there had been no copy.
 
     Args:
@@ -493,8 +493,7 @@ def restore_unread(optimizer: FusedOptimizer, rows: list[Row], are_shared: bool)
     for row in rows:
         if row.source is None:
             continue
-        is_read = optimizer.reads_copies or row.backend not in backend.GPU_ENGINES
-        if are_shared or not is_read or not _is_readable(row, row.source):
+        if are_shared or not _is_readable(row, row.source):
             row.param.copy_(row.source)
             row.source = None
 

@@ -51,7 +51,6 @@ class SGDP(ProjectingOptimizer):
     """
 
     rule = "sgdp"
-    reads_copies = False
     counts_steps = False
 
     def __init__(

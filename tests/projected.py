@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cases import Case, values
+from cases import Case, assert_same_bits, values
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -53,22 +53,27 @@ SHAPES = (
 
 
 def weight_and_grad(shape: Shape, decision: str, dtype: torch.dtype, seed: int) -> tuple[Any, Any]:
-    """A parameter and a gradient about which the optimizers decide so, where the shape lets them.
+    """A parameter and a gradient about which they decide so, where the shape lets them."""
+    p = values(shape.sizes, torch.float64, 2 * seed)
+    g = grad_at(p, decision, 2 * seed + 1)
+    return shape.strided(p.to(dtype)), shape.strided(g.to(dtype))
 
-    The gradient of "channel" is at right angles to every row, that of "layer" to the tensor.
-    """
-    p, g = (values(shape.sizes, torch.float64, 2 * seed + k) for k in range(2))
+
+def grad_at(weight: Tensor, decision: str, seed: int) -> Tensor:
+    """A float64 gradient about which the optimizers decide so at this weight, where its shape lets
+    them: that of "channel" is at right angles to every row, that of "layer" to the tensor."""
+    p, g = weight.detach().double(), values(tuple(weight.shape), torch.float64, seed)
     if p.dim() > 1 and p.numel():
-        n_rows = shape.sizes[0] if decision == "channel" else 1
+        n_rows = len(p) if decision == "channel" else 1
         w, rows = p.reshape(n_rows, -1), g.reshape(n_rows, -1)
         along = (w * rows).sum(1, keepdim=True) / (w * w).sum(1, keepdim=True) * w
-        g = (rows + along if decision == "none" else rows - along).reshape(shape.sizes)
+        g = (rows + along if decision == "none" else rows - along).reshape(p.shape)
         if decision == "layer":  # opposite parts along two rows, whose norms are not the same
             norms = p.reshape(len(p), -1).square().sum(1)
             if len(p) > 1:
                 g[0] += 3 * p[0]
                 g[1] -= 3 * p[1] * norms[0] / norms[1]
-    return shape.strided(p.to(dtype)), shape.strided(g.to(dtype))
+    return g
 
 
 def guarded(x: Tensor, offset: int) -> Tensor:
@@ -138,6 +143,26 @@ class Training:
     def arrays(self) -> list[Tensor]:
         grads = [p.grad for p in self.params if p.grad is not None]
         return [*(p.detach() for p in self.params), *grads, *self.states()]
+
+    def step_from_copies(self, offset: int = 0) -> None:
+        """A step that reads guarded copies of the parameters, which are NaN themselves until then.
+
+        Args:
+            offset: of the copies, in elements after a 16-byte border.
+        """
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        copies = [guarded(p.detach(), offset) for p in params]
+        kept = [copy.clone() for copy in copies]
+        with torch.no_grad():
+            for p in params:
+                p.fill_(torch.nan)
+        self.optimizer._sources = list(copies)
+        try:
+            self.optimizer.step()
+        finally:
+            del self.optimizer._sources
+        assert_same_bits(copies, kept, "copies")
+        assert all(is_intact(copy) for copy in copies), "memory beside a copy was written"
 
     def check_guards(self) -> None:
         assert all(is_intact(x) for x in self.arrays()), "memory beside an array was written"

@@ -27,11 +27,12 @@ struct Test {
 
 struct Tensor {
   void *param, *grad, *state[2];
+  const void* source;  // where param is read: param, or a copy
   int64_t numel, n_rows, inner;
   double* sums;  // [kTileSums * n_tiles]
   int32_t first_tile, n_tiles;
   int32_t has_failed;  // no channel view: a row is not at right angles, or there are no two rows
-  int32_t is_layer;
+  int32_t is_layer;    // of a tensor that has failed and has rows, once it is decided
   double layer[kSums];
   Test test;
   HyperBlock hyper;

@@ -16,6 +16,7 @@ constexpr int64_t kFirstRows = 8, kFirstElements = 4 * kChunk;
 
 struct DealtRow {
   void *param, *grad, *state[2];
+  const void* source;
   int64_t numel, n_rows, inner;
   int32_t first_tile, hyper;
 };
@@ -61,7 +62,7 @@ struct Checker {
   };
 
   __device__ __forceinline__ explicit Checker(const Tensor& t)
-      : param(static_cast<const P*>(t.param)), grad(static_cast<const P*>(t.grad)) {}
+      : param(static_cast<const P*>(t.source)), grad(static_cast<const P*>(t.grad)) {}
 
   template <int W>
   __device__ __forceinline__ bool is_aligned(int64_t first) const {
@@ -217,6 +218,7 @@ __device__ __forceinline__ void deal_row(const DealTable& table, const DealtRow&
   to->grad = from.grad;
   to->state[0] = from.state[0];
   to->state[1] = from.state[1];
+  to->source = from.source;
   to->numel = from.numel;
   to->n_rows = from.n_rows;
   to->inner = from.inner;
@@ -224,7 +226,6 @@ __device__ __forceinline__ void deal_row(const DealTable& table, const DealtRow&
   to->first_tile = from.first_tile;
   to->n_tiles = static_cast<int32_t>((from.numel + kChunk - 1) / kChunk);
   to->has_failed = from.n_rows < 2;
-  to->is_layer = 0;
 }
 
 // One block per tensor.
@@ -420,6 +421,7 @@ class Dealer {
     table_.rows[table_.n_rows++] = {row.param,
                                     row.grad,
                                     {row.state[0], row.state[1]},
+                                    row.source,
                                     row.numel,
                                     row.n_rows,
                                     row.inner,

@@ -28,6 +28,7 @@ struct Arithmetic {
   static constexpr bool kProjectsAnyBuffer = Rule::kProjectsBuffer[0];
 
   P *param, *grad;
+  const P* source;
   S* state[kStates];
   typename Rule::Hyper h;
   int variant;
@@ -35,6 +36,7 @@ struct Arithmetic {
   __device__ __forceinline__ Arithmetic(const Tensor& t, int of_variant)
       : param(static_cast<P*>(t.param)),
         grad(static_cast<P*>(t.grad)),
+        source(static_cast<const P*>(t.source)),
         h(*reinterpret_cast<const typename Rule::Hyper*>(t.hyper.bytes)),
         variant(of_variant) {
 #pragma unroll
@@ -54,9 +56,13 @@ struct Arithmetic {
   template <int W>
   using Slice = ProjectSlice<P, S, kStates, W>;
 
+  // from: where the parameter is read.
   template <int W>
-  __device__ __forceinline__ void read(int64_t at, bool with_grad, Slice<W>& slice) const {
-    slice.param = *reinterpret_cast<const Pack<P, W>*>(param + at);
+  __device__ __forceinline__ void read(int64_t at,
+                                       const P* from,
+                                       bool with_grad,
+                                       Slice<W>& slice) const {
+    slice.param = *reinterpret_cast<const Pack<P, W>*>(from + at);
     if (with_grad) slice.grad = *reinterpret_cast<const Pack<P, W>*>(grad + at);
 #pragma unroll
     for (int n = 0; n < kStates; ++n) {
@@ -64,11 +70,9 @@ struct Arithmetic {
     }
   }
   template <int W>
-  __device__ __forceinline__ void read_one(int64_t at,
-                                           bool with_grad,
-                                           int k,
-                                           Slice<W>& slice) const {
-    slice.param.x[k] = param[at];
+  __device__ __forceinline__ void read_one(
+      int64_t at, const P* from, bool with_grad, int k, Slice<W>& slice) const {
+    slice.param.x[k] = from[at];
     if (with_grad) slice.grad.x[k] = grad[at];
 #pragma unroll
     for (int n = 0; n < kStates; ++n) slice.state[n].x[k] = state[n][at];
@@ -137,20 +141,21 @@ struct Visitor {
   using Slice = typename Arithmetic<Rule, P, S>::template Slice<W>;
 
   const Arithmetic<Rule, P, S>& of;
+  const P* from;  // where the parameter is read
   bool reads_grad, writes_param;
   int n_states;
 
   template <int W>
   __device__ __forceinline__ bool is_aligned(int64_t at) const {
-    return of.template is_aligned<W>(at);
+    return of.template is_aligned<W>(at) && gpu::is_aligned<P, W>(from + at);
   }
   template <int W>
   __device__ __forceinline__ void read(int64_t at, Slice<W>& slice) const {
-    of.read(at, reads_grad, slice);
+    of.read(at, from, reads_grad, slice);
   }
   template <int W>
   __device__ __forceinline__ void read_one(int64_t at, int k, Slice<W>& slice) const {
-    of.read_one(at, reads_grad, k, slice);
+    of.read_one(at, from, reads_grad, k, slice);
   }
   template <int W>
   __device__ __forceinline__ void write(const Slice<W>& slice, int64_t at) const {
@@ -172,7 +177,7 @@ struct Sweeper : Visitor<Rule, P, S> {
   const bool with_sums;
 
   __device__ __forceinline__ Sweeper(const Arithmetic<Rule, P, S>& of, bool sums, bool param)
-      : Base{of, true, param, of.kStates}, with_sums(sums) {}
+      : Base{of, of.source, true, param, of.kStates}, with_sums(sums) {}
 
   template <int W, int kN>
   __device__ __forceinline__ void apply(typename Base::template Slice<W>& slice,
@@ -208,7 +213,7 @@ struct Averager : Visitor<Rule, P, S> {
   using Base = Visitor<Rule, P, S>;
 
   __device__ __forceinline__ explicit Averager(const Arithmetic<Rule, P, S>& of)
-      : Base{of, true, false, of.kStates} {}
+      : Base{of, of.source, true, false, of.kStates} {}
 
   template <int W, int kN>
   __device__ __forceinline__ void apply(typename Base::template Slice<W>& slice,
@@ -236,7 +241,13 @@ struct Writer : Visitor<Rule, P, S> {
   Repair<T> repair;  // how == repaired
 
   __device__ __forceinline__ Writer(const Arithmetic<Rule, P, S>& of, Write as)
-      : Base{of, of.reads_grad(), true, as != Write::plain && of.projects_buffer()}, how(as) {}
+      // A repair starts from the result that was stored.
+      : Base{of,
+             as == Write::repaired ? of.param : of.source,
+             of.reads_grad(),
+             true,
+             as != Write::plain && of.projects_buffer()},
+        how(as) {}
   __device__ __forceinline__ Writer(const Arithmetic<Rule, P, S>& of, double c)
       : Writer(of, Write::projected) {
     radial = static_cast<T>(c);

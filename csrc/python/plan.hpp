@@ -331,8 +331,7 @@ class Plan {
     to.source = row.has_master ? to.master : to.param;
     PyObject* const source = listed(lists_.sources, row);
     if (source == Py_None) return true;
-    // The GPU engines' phases read the parameter where it is, and a master is its own copy.
-    if ((work_.rule().projects && row.backend != Backend::cpu) || row.has_master) return false;
+    if (row.has_master) return false;  // which is a copy of its own
     void* found = nullptr;
     if (!find_copy(source, row, bytes, &found)) return false;
     to.source = found;

@@ -162,18 +162,85 @@ def test_clipped_gradients_have_the_bits_of_the_cpu_engine(dtype: torch.dtype) -
     assert_same_bits(actual.arrays(), expected.arrays())
 
 
+# -- copies of the parameters ----------------------------------------------------------------------
+
+
+def check_copies(training: Training, offset: int = 0, n_steps: int = 1) -> None:
+    """Trains the same tensors, on the CUDA engine by steps that read copies of the parameters."""
+    expected = replace(training, offsets=(0,), backend="cpu")
+    actual = replace(training, backend="cuda")
+    for _ in range(n_steps):
+        actual.step_from_copies(offset)
+        expected.optimizer.step()
+    assert_same_bits(actual.arrays(), expected.arrays())
+    actual.check_guards()
+
+
+@parametrize_kernel_dtypes
+@parametrize_cases([*KERNEL_CASES, *DEFERRED])
+def test_copies_of_every_dtype_are_read(
+    case: Case, dtype: torch.dtype, state_dtype: torch.dtype | None
+) -> None:
+    """The second step walks a plan, which could not copy anything back."""
+    check_copies(Training(case, dtype, state_dtype, SMALL), n_steps=2)
+
+
+@parametrize_cases([*EVERY_WRITE, *DEFERRED])
+def test_copies_of_rows_of_every_length_are_read(case: Case) -> None:
+    check_copies(Training(case, torch.float64, shapes=SHAPES))
+
+
+@pytest.mark.parametrize("decision", DECISIONS)
+@parametrize_cases([*EVERY_WRITE, *DEFERRED])
+def test_copies_of_tensors_of_several_blocks_are_read(case: Case, decision: str) -> None:
+    check_copies(Training(case, shapes=(*LONG[:3], LONG[4]), decisions=(decision,)))
+
+
+@pytest.mark.parametrize("offsets", [(0, 1), (1, 0), (1, 1)], ids=str)
+@parametrize_cases([EVERY_WRITE[0], DEFERRED[1]])
+def test_copies_may_be_aligned_unlike_their_parameters(
+    case: Case, offsets: tuple[int, int]
+) -> None:
+    check_copies(Training(case, shapes=SHAPES[7:], offsets=offsets[:1]), offset=offsets[1])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@parametrize_cases([*EVERY_WRITE, *DEFERRED])
+def test_special_values_are_read_from_copies(case: Case, value: float) -> None:
+    actual, expected = (Training(case, shapes=SMALL, backend=name) for name in ("cuda", "cpu"))
+    for training in (actual, expected):
+        for i, p in enumerate(training.params):
+            assert p.grad is not None
+            if p.numel():
+                [p.grad, p.data][i % 2].view_as(p)[(0,) * p.dim()] = value
+    actual.step_from_copies()
+    expected.optimizer.step()
+    assert_same_bits(actual.arrays(), expected.arrays())
+
+
+def test_groups_read_their_own_copies() -> None:
+    check_copies(Training(PLAIN, shapes=SMALL, n_groups=3))
+
+
 # -- the table of functions ------------------------------------------------------------------------
 
 
-def rows_of(training: Training) -> list[Row]:
-    """The rows of a training, of one group, for the emulator's own functions."""
+def rows_of(training: Training, from_copies: bool = False) -> list[Row]:
+    """The rows of a training, of one group, for the emulator's own functions.
+
+    Args:
+        from_copies: of the parameters, which are NaN themselves from now on.
+    """
     rows = []
     for i, p in enumerate(training.params):
         n_rows = p.shape[0] if p.dim() > 1 else 0
         inner = p.stride(0) if n_rows > 1 else p.numel()
         states = tuple(training.optimizer.state[p][name] for name in training.case.state_names)
         assert p.grad is not None
-        rows.append(Row(p.detach(), p.grad, states, i % training.n_groups, n_rows, inner))
+        source = p.detach().clone() if from_copies else None
+        if from_copies:
+            p.data.fill_(torch.nan)
+        rows.append(Row(p.detach(), p.grad, states, i % training.n_groups, n_rows, inner, source))
     return rows
 
 
@@ -191,11 +258,12 @@ def update(
     factors: Factors | None = None,
     is_live: bool = False,
     fail_in: int = 0,
+    from_copies: bool = False,
 ) -> int:
     """One step by Api::update; returns the launches."""
     rule = [name.lower() for name in RULES].index(training.optimizer.rule)
     groups = [raw_hypers(training, g) for g in range(training.n_groups)]
-    rows = rows_of(training)
+    rows = rows_of(training, from_copies)
     of_rows: list[tuple[Any, int]] = [(torch.tensor(training.step), row.hyper) for row in rows]
     of_groups: list[tuple[Any, int]] = [
         (torch.tensor(training.step), g) for g in range(training.n_groups)
@@ -257,10 +325,21 @@ def test_a_step_takes_as_many_launches_as_its_tensors_need(emulator: Emulator) -
     assert launches(Shape((3, 16385))) == 7
 
 
-def test_more_tensors_than_a_table_holds_take_several_launches(emulator: Emulator) -> None:
-    # A tensor takes 64 of 32764 bytes.
+@parametrize_cases([*EVERY_WRITE, *DEFERRED])
+def test_a_step_from_copies_takes_the_launches_of_any(emulator: Emulator, case: Case) -> None:
+    shapes = (*SMALL, LONG[0], LONG[4])
+    copied, plain = (Training(case, shapes=shapes) for _ in range(2))
+    assert update(emulator, copied, from_copies=True) == update(emulator, plain) == 7
+    assert_same_bits(copied.arrays(), plain.arrays())
+
+
+@pytest.mark.parametrize("from_copies", [False, True])
+def test_more_tensors_than_a_table_holds_take_several_launches(
+    emulator: Emulator, from_copies: bool
+) -> None:
+    # A tensor takes 72 of 32764 bytes.
     actual, expected = (Training(PLAIN, shapes=(Shape((2, 3)),) * 180) for _ in range(2))
-    assert update(emulator, actual) == 2 + 3
+    assert update(emulator, actual, from_copies=from_copies) == 2 + 3
     expected.optimizer.step()
     assert_same_bits(actual.arrays(), expected.arrays())
 

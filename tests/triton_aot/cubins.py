@@ -196,7 +196,7 @@ def project_jobs(arch: int) -> list[UpdateJob]:
 def compile_project(job: UpdateJob, arch: int) -> list[Code]:
     """Every phase, for a tensor of short rows and one of rows of several chunks."""
     rule, variant, dtypes, is_aligned, is_live = job
-    n_arrays = 2 + engine.RULES[rule].N_STATES[variant]
+    n_arrays = 2 + engine.RULES[rule].N_STATES[variant] + is_live
     size = engine.DTYPES[dtypes].bytes_of(0)
     addresses = torch.full((2 * n_arrays,), 4096 if is_aligned else 4096 + size)
     numels, rows = torch.tensor([24, 80000]), torch.tensor([3, 4, 8, 20000])
@@ -206,7 +206,7 @@ def compile_project(job: UpdateJob, arch: int) -> list[Code]:
         engine.update(
             *(rule, variant, dtypes, CPU, addresses.numpy().tobytes(), numels.numpy().tobytes()),
             *(bytes(8), bytes(96), torch.zeros(192, dtype=torch.uint8) if is_live else None),
-            *(1.0, scale, 1.0, clip, scale, {}, False, rows.numpy().tobytes()),
+            *(1.0, scale, 1.0, clip, scale, {}, is_live, rows.numpy().tobytes()),
         )
 
     return compile_calls(f"{job_name(job)} project", arch, call)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from engines import running
 from projected import Shape, Training
 from torch import Tensor
 from torch.nn import Parameter
+
+from pyoptim.kernels import launcher
 
 pytestmark = [
     pytest.mark.native,
@@ -32,6 +35,7 @@ SHAPES = (
 )
 FEW = (Shape((9,)), Shape((9, 5)), Shape((2, 132)))
 FEWER = FEW[:2]
+DEFERRED = (Case(ADAMP, "large_decay"), Case(SGDP, "large_decay"))
 LONG = (Shape((2, 16388)), Shape((2, 16390), (1, 0)), Shape((12, 1400)))
 
 
@@ -69,6 +73,59 @@ def test_every_dtype_has_the_bits_of_the_cpu_engine(
 @pytest.mark.parametrize("decision", ["channel", "none"])
 def test_tensors_of_several_programs_have_the_bits_of_the_cpu_engine(decision: str) -> None:
     check(Training(PLAIN, shapes=LONG, decisions=(decision,)))
+
+
+def check_copies(training: Training, offset: int = 0, n_steps: int = 1) -> None:
+    """Trains the same tensors, by Triton's engine in steps that read copies of the parameters."""
+    expected, actual = replace(training, offsets=(0,)), replace(training, backend="triton")
+    for _ in range(n_steps):
+        with running("triton"):
+            actual.step_from_copies(offset)
+        expected.optimizer.step()
+    assert_same_bits(actual.arrays(), expected.arrays())
+    actual.check_guards()
+
+
+@pytest.mark.parametrize("case", [PLAIN, Case(SGDP, "momentum"), *DEFERRED], ids=str)
+def test_copies_are_read_in_place_of_every_parameter(case: Case) -> None:
+    """The second step walks a plan, which could not copy anything back."""
+    check_copies(Training(case, shapes=SHAPES), n_steps=2 if case is PLAIN else 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"), [pair for pair in KERNEL_DTYPES if pair[0] != torch.float32], ids=str
+)
+def test_copies_of_every_dtype_are_read(
+    dtype: torch.dtype, state_dtype: torch.dtype | None
+) -> None:
+    check_copies(Training(PLAIN, dtype, state_dtype, shapes=FEWER))
+
+
+@pytest.mark.parametrize("offsets", [(0, 1), (1, 0)], ids=str)
+def test_copies_may_be_aligned_unlike_their_parameters(offsets: tuple[int, int]) -> None:
+    check_copies(Training(PLAIN, shapes=FEW, offsets=offsets[:1]), offset=offsets[1])
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_vectors_are_read_where_copies_are_aligned_too(
+    offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter would not notice; a GPU would refuse the access."""
+    widths: set[int] = set()
+    launch = launcher.launch
+
+    def note(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        widths.update({constants["VECTOR"]} if "VECTOR" in constants else ())
+        launch(kernel, grid, *args, **constants)
+
+    monkeypatch.setattr(launcher, "launch", note)
+    check_copies(Training(PLAIN, shapes=FEWER), offset)
+    assert widths == ({1} if offset else {4})
+
+
+@pytest.mark.parametrize("decision", ["channel", "layer"])
+def test_copies_of_tensors_of_several_programs_are_read(decision: str) -> None:
+    check_copies(Training(PLAIN, shapes=LONG, decisions=(decision,)))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
