@@ -1,7 +1,7 @@
 """AdamP's and SGDP's decisions are those of the exact sums, however near they are to the limit.
 
-The kernels add up roughly first, and exactly where that cannot tell. `pyoptim.row_sums` has the exact
-sums, those that the engines have always decided by.
+The kernels add up roughly first, and exactly where that cannot tell. `pyoptim.row_sums` has the
+exact sums, those that the engines have always decided by.
 """
 
 import math
@@ -46,7 +46,7 @@ def is_orthogonal(sums: Tensor, size: int, delta: float) -> bool:
     g, w = math.sqrt(grad), math.sqrt(weight)
     length = max(w, eps) * max(g, eps)
     if length == 0.0 or math.isinf(length):  # inf / inf, or 0 where a square was infinite
-        return not math.isinf(across) and math.isinf(length) and 0.0 < delta
+        return not math.isinf(across) and math.isinf(length) and delta > 0.0
     return abs(across) / length < delta / math.sqrt(size)
 
 
@@ -163,9 +163,9 @@ def chains(period: int, first: float, middle: float, last: float) -> Tensor:
 @pytest.mark.parametrize("period", [4, 8, 16, 32, 64])
 @pytest.mark.parametrize("is_right", [True, False])
 def test_what_chains_of_additions_lose_is_allowed_for(period: int, is_right: bool) -> None:
-    """Every term between the first and the last of a chain is lost in float32, and they all have one
-    sign: 30 roundings of nearly the largest size. The limit is between the exact cosine and what is
-    left of it. A visit has `period` elements on some instruction set, in one of the kernels."""
+    """Every term between the first and the last of a chain is lost in float32, all of one sign: 30
+    roundings of nearly the largest size. The limit is between the exact cosine and what is left of
+    it. A visit has `period` elements on some instruction set, in one of the kernels."""
     native: Any = backend.native()
     lost = 0.98 * UNIT
     # Exactly: 30 lost terms, or none beside an overshoot of as much.
@@ -215,11 +215,10 @@ def test_no_number_misleads_the_decision(data: st.DataObject) -> None:
 @parametrize_dtypes(ROUGH)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("is_near", [True, False])
-def test_a_repaired_step_is_the_same_whoever_kept_the_weights(
+def test_a_repaired_step_is_the_same_whether_weights_were_kept(
     rule: str, dtype: torch.dtype, is_near: bool
 ) -> None:
-    """With one thread a tensor's weights are kept, if it is not too large, or SAM's copies are read;
-    with 8 threads it is cut, and no weights are left after the step."""
+    """With one thread they are, while a tensor is stepped; with 8 it is cut, and none are left."""
     size = 100_000
     p = values((1, size), dtype, 1)
     limit = rounded(DELTA, dtype) / math.sqrt(size)
