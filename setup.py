@@ -48,7 +48,7 @@ FLAGS = [
 X86_FLAGS = ["-DPYOPTIM_X86"] if IS_X86 else []
 # The kernels are written in vectors: the vectoriser would only multiply their scalar tails.
 KERNEL_FLAGS = ["-O2", "-fno-tree-vectorize", "-funswitch-loops"]
-AVX2_FLAGS = ["-mavx2", "-mf16c"]
+AVX2_FLAGS = ["-mavx2", "-mf16c", "-mfma"]
 # gcc 12's own AVX-512 header warns about its undefined registers.
 AVX512_FLAGS = [
     *AVX2_FLAGS,

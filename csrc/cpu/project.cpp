@@ -16,7 +16,7 @@ namespace {
 using reduce::kChunk;
 
 // A tensor of up to so many elements is still in the cache when its next phase reads it.
-constexpr int64_t kWholeElements = 512 * 1024;
+constexpr int64_t kWholeElements = 1024 * 1024;
 
 Elements moved(const Elements& from, const ProjectKernels& kernels, int64_t n) {
   Elements to = from;
@@ -149,14 +149,8 @@ class Tensor {
 
   // Phase 0: ends at the first row, of any task, that is not at right angles to its gradient.
   void check_rows(int64_t first, int64_t last) {
-    int64_t r = first;
     Rows(row_).for_each(first, last, false, [&](const Elements& at) {
-      double sums[kSums];
-      sum_chunks(row_size(), sums, [&](int64_t begin, int64_t n, double* of_chunk) {
-        kernels_.check(moved(at, kernels_, begin), n, of_chunk, nullptr);
-      });
-      if (!kernels_.is_orthogonal(hyper_, sums, row_size())) is_channel_ = false;
-      if (is_channel()) weights()[r++] = sums[kWeightWeight];
+      if (!is_orthogonal(at, row_size())) is_channel_ = false;
       return is_channel();
     });
   }
@@ -166,13 +160,11 @@ class Tensor {
   void project_rows(int64_t first, int64_t last) {
     const std::unique_ptr<char[]> directions = new_directions(row_size());
     const bool are_kept = row_size() <= kChunk;
-    int64_t r = first;
     Rows(row_).for_each(first, last, true, [&](const Elements& at) {
       double sums[kSums];
       sum_chunks(row_size(), sums, [&](int64_t begin, int64_t n, double* of_chunk) {
         kernels_.average(moved(at, kernels_, begin), hyper_, n, directions.get(), of_chunk);
       });
-      sums[kWeightWeight] = weights_[r++];
       kernels_.write(at, hyper_, row_size(), are_kept ? directions.get() : nullptr, sums);
       return true;
     });
@@ -212,18 +204,53 @@ class Tensor {
   void update(const TableRow* next) {
     if (is_channel()) check_rows(0, row_.n_rows);
     if (is_channel()) return project_rows(0, row_.n_rows);
+    if (kernels_.watch && !is_deferred_) return watch(next);
     if (is_left_alone(next)) return row_.update(row_, hyper_, 0, row_.numel, next);
     sweep_chunks(0, n_chunks(), next);
     if (decide()) finish_chunks(0, n_chunks());
   }
 
-  // Before several tasks check rows: what they keep of them.
-  double* weights() {
-    if (!weights_) weights_.reset(new double[row_.n_rows]);
-    return weights_.get();
+ private:
+  bool is_orthogonal(const Elements& at, int64_t size) const {
+    if (kernels_.check_roughly) {
+      double rough[kCheckSums] = {};
+      kernels_.check_roughly(at, size, rough, nullptr);
+      const Angle angle = kernels_.judge(hyper_, rough, size);
+      if (angle != Angle::unknown) return angle == Angle::right;
+    }
+    double sums[kSums];
+    sum_chunks(size, sums, [&](int64_t begin, int64_t n, double* of_chunk) {
+      kernels_.check(moved(at, kernels_, begin), n, of_chunk, nullptr);
+    });
+    return kernels_.is_orthogonal(hyper_, sums, size);
   }
 
- private:
+  // The plain result, which most of the time is the one: the sums that tell are a by-product. Else
+  // the exact sums, from the weights before the step, and a repair.
+  void watch(const TableRow* next) {
+    const bool is_overwritten = row_.source == row_.param;
+    Elements before = row_;
+    if (is_overwritten) before.source = room_for_weights();
+    double rough[kCheckSums] = {};
+    void* const saved = is_overwritten ? const_cast<void*>(before.source) : nullptr;
+    kernels_.watch(row_, hyper_, row_.numel, saved, rough, next);
+    if (kernels_.judge(hyper_, rough, row_.numel) == Angle::other) return;
+    sum_chunks(row_.numel, sums_, [&](int64_t begin, int64_t n, double* of_chunk) {
+      kernels_.resum(moved(before, kernels_, begin), hyper_, n, of_chunk);
+    });
+    if (kernels_.is_orthogonal(hyper_, sums_, row_.numel)) {
+      kernels_.repair(row_, hyper_, row_.numel, sums_);
+    }
+  }
+
+  // Kept for the next tensor, for which it is in the cache.
+  void* room_for_weights() const {
+    thread_local std::vector<char> room;
+    const size_t bytes = row_.numel * kernels_.param_size;
+    if (room.size() < bytes) room.resize(bytes);
+    return room.data();
+  }
+
   // Whether the layer view is known to fail. Only one chunk is read twice for it: that is in the
   // cache, and costs less than a sweep that adds up beside its update.
   bool is_left_alone(const TableRow* next) const {
@@ -245,7 +272,6 @@ class Tensor {
   std::atomic<bool> is_channel_;
   const bool is_deferred_;
   bool is_layer_ = false;
-  std::unique_ptr<double[]> weights_;  // [n_rows], the squares of rows that were checked
   double* const partials_;
   double sums_[kSums];
 };
@@ -357,7 +383,6 @@ class Step {
     std::vector<Piece> pieces;
     for (int64_t i = 0; i < n_large(); ++i) {
       if (!tensor(i).is_channel()) continue;
-      tensor(i).weights();
       cut(i, tensor(i).n_rows(), tensor(i).row_size(), &pieces);
     }
     run_pieces(pieces, [&](const Piece& piece) {

@@ -67,6 +67,7 @@ PYOPTIM_HD double fold_vector(DoubleV x) {
 // kCount sums over as many elements as one of X holds.
 template <class X, int kCount>
 struct Products {
+  using Element = X;
   static constexpr int kParts = Wide<X>::kParts;
   static constexpr int64_t kStep = Wide<X>::kStep;
   typename Wide<X>::D of[kCount > 0 ? kCount : 1][kParts];
@@ -250,25 +251,101 @@ class Tree {
   alignas(64) double tail_[kCount * kWidth] = {};
 };
 
+// The sums of the check in the arithmetic of float32: rules/projection.hpp says how far from the
+// exact ones they may be. Of single elements in float64.
+template <class X>
+struct Rough {
+  using Element = X;
+  static_assert(!std::is_same_v<X, DoubleV>, "nothing is rougher than float64");
+  std::conditional_t<std::is_scalar_v<X>, double, X> of[kCheckSums] = {};
+
+  PYOPTIM_HD void add_product(int k, const X& x, const X& y) {
+    if constexpr (std::is_scalar_v<X>) {
+      of[k] += static_cast<double>(x) * y;
+    } else {
+      of[k] = fused_or_not(x, y, of[k]);
+    }
+  }
+  PYOPTIM_HD void add(const Rough& other) {
+#pragma GCC unroll 3
+    for (int k = 0; k < kCheckSums; ++k) of[k] = of[k] + other.of[k];
+  }
+};
+
+// What the check adds up over weights p and gradients g.
+template <class P, class X, int kCount>
+PYOPTIM_HD void add_check(const X& p, const X& g, Products<X, kCount>* sums) {
+  const Wide<X> weight(p), grad(g);
+  sums->template add_products<P>(kGradWeight, grad, weight);
+  sums->template add_products<P>(kGradGrad, grad, grad);
+  sums->template add_products<P>(kWeightWeight, weight, weight);
+}
+template <class P, class X>
+PYOPTIM_HD void add_check(const X& p, const X& g, Rough<X>* sums) {
+  sums->add_product(kGradWeight, g, p);
+  sums->add_product(kGradGrad, g, g);
+  sums->add_product(kWeightWeight, p, p);
+}
+
+// As for_elements, for a body that adds to Rough sums; what they come to is added to `sums`.
+// Vectors take turns with Body::kWays sums, so that no addition waits for the one before it.
+template <class P, class S, class Body>
+PYOPTIM_HD void for_elements_roughly(
+    int64_t n, const Body& body, const Arrays<P, S>& own, const Arrays<P, S>& next, double* sums) {
+  using T = typename Compute<P>::type;
+  using X = typename VectorOf<T>::type;
+  constexpr int64_t kWidth = kVectorBytes / sizeof(T), kVisit = Body::kWays * kWidth;
+  constexpr int64_t kLine = 64 / sizeof(P);
+  static_assert(Body::kWays <= kRoughWays && (Body::kWays & (Body::kWays - 1)) == 0);
+  const int64_t ahead = Body::kFar * kPrefetchBytes / static_cast<int64_t>(sizeof(P));
+  const int64_t whole = n - n % kWidth, turn = std::max<int64_t>(0, whole - ahead);
+  const Arrays<P, S> later = own.moved(ahead), after = next.moved(-turn);
+  Products<X, kCheckSums> total;
+  for (int64_t i = 0; i < whole;) {
+    const int64_t end = std::min(i + kRoughRun * kVisit, whole);
+    Rough<X> terms[Body::kWays];
+    for (; i + kVisit <= end; i += kVisit) {
+      const Arrays<P, S>& fetch = i < turn ? later : after;
+#pragma GCC unroll 4
+      for (int64_t line = 0; line < kVisit; line += kLine) body.prefetch(fetch, i + line);
+#pragma GCC unroll 4
+      for (int way = 0; way < Body::kWays; ++way) body.step(i + way * kWidth, &terms[way]);
+    }
+    for (; i < end; i += kWidth) body.step(i, &terms[0]);
+#pragma GCC unroll 4
+    for (int half = Body::kWays / 2; half > 0; half /= 2) {
+#pragma GCC unroll 4
+      for (int way = 0; way < half; ++way) terms[way].add(terms[way + half]);
+    }
+#pragma GCC unroll 3
+    for (int k = 0; k < kCheckSums; ++k) {
+      const Wide<X> wide(terms[0].of[k]);
+      for (int part = 0; part < Wide<X>::kParts; ++part) total.of[k][part] += wide.part[part];
+    }
+  }
+  Rough<T> last;
+  for (int64_t i = whole; i < n; ++i) body.step(i, &last);
+  double folded[kCheckSums];
+  total.fold(folded);
+  for (int k = 0; k < kCheckSums; ++k) sums[k] += folded[k] + last.of[k];
+}
+
 // Gradient times weight and their squares.
 template <class P>
 struct Check {
   // Two arrays only: 30 M elements took 0.29 ns each with 1, 0.22 with 2 and 0.25 with 4 on Zen 5.
-  static constexpr int kCount = 3, kFar = 2;
+  static constexpr int kCount = kCheckSums, kWays = 4, kFar = 2;
   const Arrays<P, P> at_;
 
   PYOPTIM_HD static void prefetch(const Arrays<P, P>& later, int64_t i) {
     later.template prefetch<0, Streams::param>(i);
   }
-  template <class X>
-  PYOPTIM_HD void step(int64_t i, Products<X, kCount>* sums) const {
-    X p, g;
+  template <class Sums>
+  PYOPTIM_HD void step(int64_t i, Sums* sums) const {
+    typename Sums::Element p, g;
     get(at_.source + i, &p);
     get(at_.grad + i, &g);
-    const Wide<X> weight(p), grad(g);
-    sums->template add_products<P>(kGradWeight, grad, weight);
-    sums->template add_products<P>(kGradGrad, grad, grad);
-    sums->template add_products<P>(kWeightWeight, weight, weight);
+    add_check<P>(p, g, sums);
   }
 };
 
@@ -282,35 +359,76 @@ void check_chunk(const Elements& at, int64_t n, double* sums, const Elements* ne
   Tree<P, Check<P>>(n, check, next ? following : arrays.moved(ahead)).fold(n, sums);
 }
 
-// Updates the averages, with kWrites the parameter too, and adds up all sums, the last or none.
+template <class P>
+void check_roughly(const Elements& at, int64_t n, double* sums, const Elements* next) {
+  const Arrays<P, P> arrays(at);
+  const Check<P> check{arrays};
+  for_elements_roughly(n, check, arrays, next ? Arrays<P, P>(*next) : arrays.moved(n), sums);
+}
+
+// Elements as they are in memory: bits, which a conversion to and fro could change.
+template <class X, class P>
+PYOPTIM_HD void copy_bits(const P* from, P* to) {
+  if constexpr (std::is_scalar_v<X>) {
+    *to = *from;
+  } else {
+    using Bits = std::conditional_t<sizeof(P) == 2, HalfV, X>;
+    store_as(to, load_as<Bits>(from));
+  }
+}
+
+// Elements i of the averages after the gradient g, as they are stored: the direction.
+template <class Rule, int V, class P, class S, class X>
+PYOPTIM_HD X average(const typename Rule::Hyper& h, const Arrays<P, S>& at, int64_t i, const X& g) {
+  constexpr int kStates = Rule::kStates[V];
+  X a, b = {};
+  get(at.s0 + i, &a);
+  if constexpr (kStates > 1) get(at.s1 + i, &b);
+  Rule::template average<V>(h, g, a, b);
+  put(at.s0 + i, a);
+  if constexpr (kStates > 1) put(at.s1 + i, b);
+  if constexpr (sizeof(S) < sizeof(typename Compute<P>::type)) {
+    get(at.s0 + i, &a);
+    if constexpr (kStates > 1) get(at.s1 + i, &b);
+  }
+  return Rule::template direction<V>(h, g, a, b);
+}
+
+// The direction again; g is read where the rule needs it.
+template <class Rule, int V, class X, class P, class S>
+PYOPTIM_HD X stored_direction(const typename Rule::Hyper& h, const Arrays<P, S>& at, int64_t i) {
+  X g = {}, a, b = {};
+  if constexpr (Rule::kReadsGrad[V]) get(at.grad + i, &g);
+  get(at.s0 + i, &a);
+  if constexpr (Rule::kStates[V] > 1) get(at.s1 + i, &b);
+  return Rule::template direction<V>(h, g, a, b);
+}
+
+// Updates the averages, with kWrites the parameter too, and adds up all sums, the last two or none.
 // Keeps the directions where there is room for them.
 template <class Rule, int V, class P, class S, int kSummed, bool kWrites>
 struct Sweep {
-  static constexpr int kStates = Rule::kStates[V], kCount = kSummed, kFar = 1;
+  static constexpr int kCount = kSummed, kFar = 1;
   using T = typename Compute<P>::type;
   const typename Rule::Hyper h;
   const Arrays<P, S> at_;
   T* const kept;
 
   PYOPTIM_HD static void prefetch(const Arrays<P, S>& later, int64_t i) {
-    later.template prefetch<kStates>(i);
+    later.template prefetch<Rule::kStates[V]>(i);
   }
   template <class X>
   PYOPTIM_HD void step(int64_t i, Products<X, kCount>* sums) const {
-    X p, g, a, b = {};
+    X p, g;
     get(at_.source + i, &p);
     get(at_.grad + i, &g);
-    get(at_.s0 + i, &a);
-    if constexpr (kStates > 1) get(at_.s1 + i, &b);
-    Rule::template average<V>(h, g, a, b);
-    put(at_.s0 + i, a);
-    if constexpr (kStates > 1) put(at_.s1 + i, b);
-    if constexpr (sizeof(S) < sizeof(T)) {
-      get(at_.s0 + i, &a);
-      if constexpr (kStates > 1) get(at_.s1 + i, &b);
+    const X u = average<Rule, V>(h, at_, i, g);
+    if constexpr (kSummed == kSums) add_check<P>(p, g, sums);
+    if constexpr (kSummed > 0) {
+      const Wide<X> weight(p), direction(u);
+      if constexpr (kSummed == 2) sums->template add_products<P>(0, weight, weight);
+      sums->template add_products<P>(kSummed - 1, direction, weight);
     }
-    const X u = Rule::template direction<V>(h, g, a, b);
-    if constexpr (kSummed > 0) add(p, g, u, sums);
     if constexpr (kWrites) {
       write_plain(h, p, u);
       put(at_.param + i, p);
@@ -318,18 +436,50 @@ struct Sweep {
       put(kept + i, u);
     }
   }
+};
 
- private:
+// As a Sweep that writes, with the rough sums of the check. kSaves: the weights are kept too.
+template <class Rule, int V, class P, class S, bool kSaves>
+struct Watch {
+  static constexpr int kWays = 2, kFar = 1;
+  const typename Rule::Hyper h;
+  const Arrays<P, S> at_;
+  P* const saved;
+
+  PYOPTIM_HD static void prefetch(const Arrays<P, S>& later, int64_t i) {
+    later.template prefetch<Rule::kStates[V]>(i);
+  }
   template <class X>
-  PYOPTIM_HD static void add(const X& p, const X& g, const X& u, Products<X, kCount>* sums) {
-    const Wide<X> weight(p), direction(u);
-    if constexpr (kSummed == kSums) {
-      const Wide<X> grad(g);
-      sums->template add_products<P>(kGradWeight, grad, weight);
-      sums->template add_products<P>(kGradGrad, grad, grad);
-      sums->template add_products<P>(kWeightWeight, weight, weight);
-    }
-    sums->template add_products<P>(kSummed - 1, direction, weight);
+  PYOPTIM_HD void step(int64_t i, Rough<X>* sums) const {
+    X p, g;
+    get(at_.source + i, &p);
+    get(at_.grad + i, &g);
+    if constexpr (kSaves) copy_bits<X>(at_.source + i, saved + i);
+    add_check<P>(p, g, sums);
+    const X u = average<Rule, V>(h, at_, i, g);
+    write_plain(h, p, u);
+    put(at_.param + i, p);
+  }
+};
+
+// All sums from stored averages and the weights before the step.
+template <class Rule, int V, class P, class S>
+struct Resum {
+  static constexpr int kCount = kSums, kFar = 1;
+  const typename Rule::Hyper h;
+  const Arrays<P, S> at_;
+
+  PYOPTIM_HD static void prefetch(const Arrays<P, S>& later, int64_t i) {
+    later.template prefetch<Rule::kStates[V], Streams::param>(i);
+  }
+  template <class X>
+  PYOPTIM_HD void step(int64_t i, Products<X, kCount>* sums) const {
+    X p, g;
+    get(at_.source + i, &p);
+    get(at_.grad + i, &g);
+    add_check<P>(p, g, sums);
+    const Wide<X> weight(p), direction(stored_direction<Rule, V, X>(h, at_, i));
+    sums->template add_products<P>(kDirectionWeight, direction, weight);
   }
 };
 
@@ -353,11 +503,7 @@ struct Rewrite {
     if constexpr (kIsKept) {
       get(kept + i, &u);
     } else {
-      X g = {}, a, b = {};
-      if constexpr (Rule::kReadsGrad[V]) get(at_.grad + i, &g);
-      get(at_.s0 + i, &a);
-      if constexpr (kStates > 1) get(at_.s1 + i, &b);
-      u = Rule::template direction<V>(h, g, a, b);
+      u = stored_direction<Rule, V, X>(h, at_, i);
     }
     write(h, p, u);
     put(at_.param + i, p);
@@ -420,8 +566,32 @@ struct Projected {
       const Elements& at, const void* hyper, int64_t n, void* directions, double* sums) {
     const Arrays<P, S> arrays(at);
     T* const kept = static_cast<T*>(directions);
-    const Sweep<Rule, V, P, S, 1, false> sweep{of(hyper), arrays, kept};
-    for_elements(n, sweep, arrays, arrays.moved(n), sums + kDirectionWeight);
+    const Sweep<Rule, V, P, S, 2, false> sweep{of(hyper), arrays, kept};
+    static_assert(kDirectionWeight == kWeightWeight + 1, "side by side");
+    for_elements(n, sweep, arrays, arrays.moved(n), sums + kWeightWeight);
+  }
+
+  static void watch(const Elements& at,
+                    const void* hyper,
+                    int64_t n,
+                    void* saved,
+                    double* sums,
+                    const Elements* next) {
+    const Arrays<P, S> arrays(at), after = next ? Arrays<P, S>(*next) : arrays;
+    P* const to = static_cast<P*>(saved);
+    if (saved) {
+      const Watch<Rule, V, P, S, true> watch{of(hyper), arrays, to};
+      for_elements_roughly(n, watch, arrays, after, sums);
+    } else {
+      const Watch<Rule, V, P, S, false> watch{of(hyper), arrays, to};
+      for_elements_roughly(n, watch, arrays, after, sums);
+    }
+  }
+
+  static void resum(const Elements& at, const void* hyper, int64_t n, double* sums) {
+    const Arrays<P, S> arrays(at);
+    const Resum<Rule, V, P, S> resum{of(hyper), arrays};
+    for_elements(n, resum, arrays, arrays.moved(n), sums);
   }
 
   template <bool kIsKept, class Write>
@@ -455,20 +625,32 @@ struct Projected {
     return pyoptim::is_orthogonal(of(hyper), sums, size);
   }
 
+  static Angle judge(const void* hyper, const double* rough, int64_t size) {
+    return pyoptim::judge(of(hyper), rough, size);
+  }
+
   static bool is_deferred(const void* hyper) { return pyoptim::is_deferred(of(hyper)); }
 
   static ProjectKernels kernels() {
-    return {static_cast<int>(sizeof(P)),
-            static_cast<int>(sizeof(S)),
-            static_cast<int>(sizeof(T)),
-            Rule::kStates[V],
-            check_chunk<P>,
-            sweep,
-            average,
-            write,
-            repair,
-            is_orthogonal,
-            is_deferred};
+    ProjectKernels kernels = {};
+    kernels.param_size = static_cast<int>(sizeof(P));
+    kernels.state_size = static_cast<int>(sizeof(S));
+    kernels.direction_size = static_cast<int>(sizeof(T));
+    kernels.n_states = Rule::kStates[V];
+    kernels.check = check_chunk<P>;
+    if constexpr (sizeof(T) < sizeof(double)) {
+      kernels.check_roughly = check_roughly<P>;
+      kernels.watch = watch;
+    }
+    kernels.sweep = sweep;
+    kernels.average = average;
+    kernels.resum = resum;
+    kernels.write = write;
+    kernels.repair = repair;
+    kernels.is_orthogonal = is_orthogonal;
+    kernels.judge = judge;
+    kernels.is_deferred = is_deferred;
+    return kernels;
   }
 };
 

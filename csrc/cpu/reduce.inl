@@ -21,8 +21,23 @@ PYOPTIM_HD DoubleV add_product(DoubleV sum, DoubleV x, DoubleV y) {
   if constexpr (sizeof(E) < sizeof(double)) {
     return (DoubleV)_mm512_fmadd_pd((__m512d)x, (__m512d)y, (__m512d)sum);
   }
+#elif defined(__FMA__)
+  if constexpr (sizeof(E) < sizeof(double)) {
+    return (DoubleV)_mm256_fmadd_pd((__m256d)x, (__m256d)y, (__m256d)sum);
+  }
 #endif
   return sum + x * y;
+}
+
+// x*y + sum, with one rounding or two: where either will do.
+PYOPTIM_HD FloatV fused_or_not(FloatV x, FloatV y, FloatV sum) {
+#if defined(__AVX512F__)
+  return (FloatV)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)sum);
+#elif defined(__FMA__)
+  return (FloatV)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)sum);
+#else
+  return sum + x * y;
+#endif
 }
 
 template <Fold kFold, class X>

@@ -38,16 +38,12 @@ struct Sum {
   }
 
  private:
-  // Bits, which a conversion to and fro could change.
   template <class X>
   PYOPTIM_HD void save(int64_t i) const {
-    if constexpr (std::is_scalar_v<X>) {
-      at_.saved[i] = at_.source[i];
-    } else if constexpr (kIsStreamed) {
+    if constexpr (kIsStreamed && !std::is_scalar_v<X>) {
       stream_vector(at_.saved + i, load_as<X>(at_.source + i));
     } else {
-      using Bits = std::conditional_t<sizeof(P) == 2, HalfV, X>;
-      store_as(at_.saved + i, load_as<Bits>(at_.source + i));
+      copy_bits<X>(at_.source + i, at_.saved + i);
     }
   }
 };

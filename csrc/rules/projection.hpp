@@ -15,6 +15,10 @@
 #include "core/table.hpp"
 
 namespace pyoptim {
+
+// What can be said of gradient and weights whose sums are known roughly.
+enum class Angle { right, other, unknown };
+
 namespace {
 
 // Whether a rule has Rule::average and Rule::direction in place of Rule::update, and projects rows
@@ -37,6 +41,43 @@ PYOPTIM_HD bool is_orthogonal(const Hyper& h, const double* sums, int64_t size) 
   const double cosine =
       scale * std::fabs(sums[kGradWeight]) / ((w < eps ? eps : w) * (g < eps ? eps : g));
   return cosine < static_cast<double>(h.delta) / std::sqrt(static_cast<double>(size));
+}
+
+// How sums may be added up roughly where only the decision is wanted: in float32, products of
+// float32 numbers rounded or not, in chains of at most kRoughRun + kRoughWays additions and a tree
+// of kRoughWays chains, whose results are added up in float64.
+constexpr int kCheckSums = 3;  // the first of Sum
+constexpr int kRoughRun = 32, kRoughWays = 4;
+
+// `rough` are the first three sums, added up as above. The answer, unless it is unknown, is that of
+// is_orthogonal for the exact sums, those in float64 in the order of reduce/order.hpp, whatever
+// their last bits are:
+//
+// - A chain's terms pass at most kRoughRun + kRoughWays + 3 roundings (the product, the chain, the
+//   tree), each of at most 2^-24 of what is rounded, if nothing underflows. So a sum is off by at
+//   most (1 + 2^-24)^k - 1 times the sum of its terms' sizes, and that is at most |w||g|
+//   (Cauchy-Schwarz).
+// - Where products or sums underflow, gradually or to 0, each of 2n operations is off by at most
+//   2^-126. With both squares above n*2^-100 that is 2^-25 of |w||g| in all.
+// - Additions in float64, here and of the exact sums, are off by less than 2^-29 up to 2^40
+// elements.
+// - Numbers that are not finite, and squares out of float32's range, leave a square not finite.
+// - is_orthogonal is monotone in each sum, and so is its arithmetic, rounded as it is: if it says
+// the
+//   same at the two corners of the box that holds the exact sums, it says so for them.
+template <class Hyper>
+Angle judge(const Hyper& h, const double* rough, int64_t size) {
+  constexpr double kError = (kRoughRun + kRoughWays + 6) / 16777216.0;
+  const double g = rough[kGradGrad], w = rough[kWeightWeight],
+               product = std::fabs(rough[kGradWeight]);
+  const double least = static_cast<double>(size) * 0x1p-100;
+  if (!(g >= least && w >= least && std::isfinite(g + w + product))) return Angle::unknown;
+  const double low = 1.0 - kError, high = 1.0 + kError;
+  const double error = kError * high * std::sqrt(g) * std::sqrt(w);
+  const double widest[] = {product + error, g * low, w * low};
+  if (is_orthogonal(h, widest, size)) return Angle::right;
+  const double narrowest[] = {product > error ? product - error : 0.0, g * high, w * high};
+  return is_orthogonal(h, narrowest, size) ? Angle::unknown : Angle::other;
 }
 
 // The c of u - c*w, which has no part along w.
