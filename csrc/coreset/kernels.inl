@@ -705,12 +705,12 @@ int64_t find_nan_row(const ColumnMedians& work) {
 }  // namespace
 }  // namespace pyoptim::coreset
 
-#include "coreset/medians_avx512.inl"
+#include "coreset/medians_squeeze.inl"
 
 namespace pyoptim::coreset {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 template <class E>
 void column_medians_typed(ColumnMedians* work) {
   BlockMedians<E>(work).run();
@@ -763,7 +763,7 @@ Kernels make_kernels(const char* isa) {
   kernels.to_center[static_cast<int>(DType::f16)] = score<Score::sqdist, F16, double>;
   kernels.step_center = step_center;
   kernels.column_medians = column_medians;
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
   kernels.median_share = 1.0 / 3;
 #else
   kernels.median_share = 1;
