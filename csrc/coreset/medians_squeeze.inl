@@ -1,5 +1,5 @@
-// Medians of columns with AVX-512 or AVX2: one read of the rows, in which every column keeps only the
-// values within a bracket around its median; included once per instruction set.
+// Medians of columns with AVX-512 or AVX2: one read of the rows, in which every column keeps only
+// the values within a bracket around its median; included once per instruction set.
 //
 // The bracket comes from a sample of the rows: of kSample values, those kMargin places below and
 // above the middle. The median of all is within it but for some 1 in 10^4 columns, which are read
@@ -21,6 +21,8 @@ constexpr int kSample = 128, kMargin = 22;
 constexpr int64_t kSampledRows = 512;
 // So few values are ranked by comparing all with all.
 constexpr int64_t kRanked = 32;
+// Rows are asked for so many ahead, a cache line of float32 at a time. On Zen 3 8 rows are too few.
+constexpr int64_t kRowsAhead = kMedianLanes == 8 ? 32 : 16, kPrefetched = 16;
 
 struct Within {
   int64_t below, kept;
@@ -381,7 +383,7 @@ class BlockMedians {
       const E *rows[kMedianLanes], *next[kMedianLanes];
       for (int64_t r = 0; r < kMedianLanes; ++r) {
         rows[r] = row(i + r < work_.n ? i + r : i);
-        next[r] = row(i + r + kMedianLanes < work_.n ? i + r + kMedianLanes : i);
+        next[r] = row(i + r + kRowsAhead < work_.n ? i + r + kRowsAhead : i);
       }
       const int64_t n = work_.n - i < kMedianLanes ? work_.n - i : kMedianLanes;
       for (int64_t c = 0; c < work_.width; c += kMedianLanes) {
@@ -399,7 +401,7 @@ class BlockMedians {
     FloatV block[kMedianLanes], checked = FloatV{};
 #pragma GCC unroll 16
     for (int r = 0; r < kMedianLanes; ++r) {
-      __builtin_prefetch(next[r] + c);
+      if (c % kPrefetched == 0) __builtin_prefetch(next[r] + c);
       const FloatV x = load_group(rows[r], c);
       checked = x != x ? x : checked;
       block[r] = kIsWhole || r < n ? x : nan;
