@@ -13,10 +13,6 @@
 
 namespace pyoptim::coreset {
 
-// The longest run of products that the filter adds up before it adds the sum to a partial result:
-// short runs have small errors, and a panel of this depth stays in the second-level cache.
-constexpr int64_t kDepth = 512;
-
 // The widest panel of any instruction set; a row may gain so many candidates at once.
 constexpr int kMaxColumns = 64;
 
@@ -62,14 +58,14 @@ struct Scan {
   const float* half_norms;  // [columns]
   uint64_t valid;           // the columns that exist, a bit for each
   int32_t first_column;
-  float* partial;         // [n_rows][columns], where d is above kDepth
+  float* partial;         // [n_rows][columns], where d is above the depth
   RowStates rows;         // [n_rows]
   Candidate* candidates;  // [n_rows][capacity]
   int32_t capacity;       // at least 2 * kMaxColumns
   bool only_nearest;      // k = 1: the lowest value lowers the threshold
-  // Memory that will be read soon, of which every strip asks for some cache lines.
+  // Memory that will be read soon, of which every strip asks for its share.
   const char* ahead;
-  int64_t lines_per_strip;
+  int64_t ahead_bytes;
   // Makes room for kMaxColumns more candidates of a row.
   void (*make_room)(void* context, int64_t row);
   void* context;
@@ -109,6 +105,9 @@ struct Kernels {
   const char* isa;
   int strip;    // rows of x that are multiplied together
   int columns;  // of a panel
+  // The longest run of products that the filter adds up before it adds the sum to a partial result:
+  // short runs have small errors.
+  int64_t depth;
   void (*pack_rows)(const PackRows& work);
   void (*scan)(const Scan& work);
   ScoreKernel score[static_cast<int>(Score::count)][4];  // by DType

@@ -11,18 +11,24 @@ namespace {
 constexpr int kLanes = kVectorBytes / sizeof(float);
 // A tile: kStrip rows of x by kVectors vectors of columns; as many sums as leave registers for a
 // row of the panel and an element of x. With AVX-512, 6 x 64 and 12 x 32 both multiply at 97 to 99
-// % of the FMA peak of Zen 5; 6 x 64 has fewer rows to compare.
+// % of the FMA peak of Zen 5; 6 x 64 has fewer rows to compare. With AVX2, 4 x 24 and 6 x 16 both
+// multiply at 95 % of that of Zen 3 where a core has its pipelines for itself; 4 x 24 loads 7
+// vectors for 12 products and not 8, and keeps more of the speed where another thread shares them.
+//
+// kDepth: with short runs a panel stays in the first- (24 KB) or second-level cache.
 #if defined(__AVX512F__)
 constexpr int kStrip = 6, kVectors = 4;
+constexpr int64_t kDepth = 512;
 #elif defined(__AVX2__)
-constexpr int kStrip = 6, kVectors = 2;
+constexpr int kStrip = 4, kVectors = 3;
+constexpr int64_t kDepth = 256;
 #else
 constexpr int kStrip = 4, kVectors = 2;
+constexpr int64_t kDepth = 512;
 #endif
 constexpr int kColumns = kVectors * kLanes;
 static_assert(kColumns <= kMaxColumns, "candidates have room for a panel");
 static_assert(kStrip <= kLanes && kStrip <= 8, "a vector holds a number of every row of a strip");
-static_assert(kColumns <= kMaxColumns, "candidates have room for a panel");
 
 PYOPTIM_HD FloatV multiply_add(FloatV a, FloatV b, FloatV c) {
 #if defined(__AVX512F__)
@@ -146,10 +152,21 @@ struct Tile {
   FloatV sums[kStrip][kVectors];
 };
 
+// A vector of a panel that stays in a register: gcc 12 would read it again from memory for every
+// row, and loads are what AVX2 has fewest of.
+PYOPTIM_HD FloatV load_once(const float* from) {
+  FloatV x = load_vector(from);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
+
 // The products of kStrip rows of x and a panel, over n elements.
 PYOPTIM_HD void multiply(const float* x, int64_t ld, const float* y, int64_t n, Tile* tile) {
-  // Elements of the panel asked for ahead: they come from the second-level cache.
-  constexpr int64_t kAhead = 8;
+  // Elements of the panel asked for ahead: they come from the second-level cache. With AVX2 the
+  // processor finds them by itself, and the instructions cost more than they bring.
+  constexpr int64_t kAhead = kLanes == 8 ? 0 : 8;
   FloatV sums[kStrip][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kStrip; ++r) {
@@ -160,8 +177,8 @@ PYOPTIM_HD void multiply(const float* x, int64_t ld, const float* y, int64_t n, 
     FloatV panel[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      panel[v] = load_vector(y + v * kLanes);
-      __builtin_prefetch(y + kAhead * kColumns + v * kLanes);
+      panel[v] = load_once(y + v * kLanes);
+      if constexpr (kAhead > 0) __builtin_prefetch(y + kAhead * kColumns + v * kLanes);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kStrip; ++r) {
@@ -276,6 +293,7 @@ PYOPTIM_HD FloatV lowest_of_row(const Scan& work, const Tile& tile, int r) {
   FloatV values[kVectors];
   read_values(work, tile, r, values);
   FloatV least = smaller(values[0], values[1]);
+  if constexpr (kVectors == 3) least = smaller(least, values[2]);
   if constexpr (kVectors == 4) least = smaller(least, smaller(values[2], values[3]));
   return least;
 }
@@ -331,20 +349,40 @@ PYOPTIM_HD void add_partial(float* partial, bool is_first, bool is_last, Tile* t
   }
 }
 
+// Memory that is asked for into the second-level cache, the same share every time.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const void* from, int64_t bytes, int64_t times)
+      : next_(static_cast<const char*>(from)), end_(next_ + bytes) {
+    share_ = (bytes + 64 * times - 1) / (64 * times) * 64;
+  }
+
+  void ask() {
+    const char* const end = end_ - next_ < share_ ? end_ : next_ + share_;
+    for (; next_ < end; next_ += 64) __builtin_prefetch(next_, 0, 2);
+  }
+
+ private:
+  const char *next_ = nullptr, *end_ = nullptr;
+  int64_t share_ = 0;
+};
+
 // Settles tiles behind the multiplication: a tile is compared while the next one is multiplied, and
 // its columns are kept while the one after that is. What a processor has in flight then never waits
 // for the last products of a tile, and it knows early whether a row keeps a column, a branch that
 // is often mispredicted.
 class Pipeline {
  public:
-  explicit Pipeline(const Scan& work) : work_(work), ahead_(work.ahead) {}
+  explicit Pipeline(const Scan& work)
+      : work_(work), rows_ahead_(work.ahead, work.ahead_bytes, work.n_rows / kStrip) {}
 
   // Where the next tile goes.
   Tile* tile() { return multiplied_; }
 
   // After the tile has been written.
   __attribute__((always_inline)) void advance(int64_t first_row) {
-    prefetch();
+    rows_ahead_.ask();
     keep_columns(work_, compared_);
     compared_ = is_waiting_ ? compare(work_, waiting_row_, *waiting_) : Strip{};
     Tile* const free = kept_;
@@ -361,15 +399,8 @@ class Pipeline {
   }
 
  private:
-  // Into the second-level cache.
-  void prefetch() {
-    for (int64_t i = 0; i < work_.lines_per_strip; ++i, ahead_ += 64) {
-      __builtin_prefetch(ahead_, 0, 2);
-    }
-  }
-
   const Scan& work_;
-  const char* ahead_;
+  Ahead rows_ahead_;
   Tile tiles_[3];
   Tile *multiplied_ = tiles_, *waiting_ = tiles_ + 1, *kept_ = tiles_ + 2;
   int64_t waiting_row_ = 0;
@@ -377,10 +408,20 @@ class Pipeline {
   Strip compared_ = {};
 };
 
+// What follows a run of a panel in memory, asked for while the run is multiplied with every strip:
+// its own next run, or the next panel. Not with AVX-512, where it was no better.
+PYOPTIM_HD Ahead panel_ahead(const Scan& work, const float* run, int64_t n) {
+  if (kLanes != 8) return {};
+  const int64_t floats = n * kColumns;
+  return {run + floats, floats * static_cast<int64_t>(sizeof(float)), work.n_rows / kStrip};
+}
+
 // All products in one run.
 void scan_shallow(const Scan& work) {
   Pipeline pipeline(work);
+  Ahead ahead = panel_ahead(work, work.y, work.d);
   for (int64_t row = 0; row < work.n_rows; row += kStrip) {
+    ahead.ask();
     multiply(work.x + row * work.ld, work.ld, work.y, work.d, pipeline.tile());
     pipeline.advance(row);
   }
@@ -393,10 +434,13 @@ void scan_deep(const Scan& work) {
   Pipeline pipeline(work);
   for (int64_t run = 0; run < n_runs; ++run) {
     const int64_t k = run * depth, n = k + depth < work.d ? depth : work.d - k;
+    const float* const y = work.y + k * kColumns;
     const bool is_last = run + 1 == n_runs;
+    Ahead ahead = panel_ahead(work, y, n);
     for (int64_t row = 0; row < work.n_rows; row += kStrip) {
       Tile* const tile = pipeline.tile();
-      multiply(work.x + row * work.ld + k, work.ld, work.y + k * kColumns, n, tile);
+      ahead.ask();
+      multiply(work.x + row * work.ld + k, work.ld, y, n, tile);
       add_partial(work.partial + row * kColumns, run == 0, is_last, tile);
       if (is_last) pipeline.advance(row);
     }
@@ -661,12 +705,12 @@ int64_t find_nan_row(const ColumnMedians& work) {
 }  // namespace
 }  // namespace pyoptim::coreset
 
-#include "coreset/medians_avx512.inl"
+#include "coreset/medians_squeeze.inl"
 
 namespace pyoptim::coreset {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 template <class E>
 void column_medians_typed(ColumnMedians* work) {
   BlockMedians<E>(work).run();
@@ -708,6 +752,7 @@ Kernels make_kernels(const char* isa) {
   kernels.isa = isa;
   kernels.strip = kStrip;
   kernels.columns = kColumns;
+  kernels.depth = kDepth;
   kernels.pack_rows = pack_rows;
   kernels.scan = scan;
   fill_score<Score::sqdist>(&kernels);
@@ -718,7 +763,7 @@ Kernels make_kernels(const char* isa) {
   kernels.to_center[static_cast<int>(DType::f16)] = score<Score::sqdist, F16, double>;
   kernels.step_center = step_center;
   kernels.column_medians = column_medians;
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
   kernels.median_share = 1.0 / 3;
 #else
   kernels.median_share = 1;

@@ -65,6 +65,16 @@ PYOPTIM_HD WordV add_where_at_most(WordV counts, FloatV x, FloatV pivot) {
 #endif
 }
 
+PYOPTIM_HD WordV add_where_below(WordV counts, FloatV x, FloatV pivot) {
+#if defined(__AVX512F__)
+  const __mmask16 below = _mm512_cmp_ps_mask((__m512)x, (__m512)pivot, _CMP_LT_OQ);
+  return (WordV)_mm512_mask_add_epi32(
+      (__m512i)counts, below, (__m512i)counts, _mm512_set1_epi32(1));
+#else
+  return counts - bit_cast<WordV>(x < pivot);
+#endif
+}
+
 // How many of n elements of every lane are not above its pivot.
 inline void count_at_most(const float* columns, int64_t n, const float* pivots, uint32_t* counts) {
   const FloatV pivot = load_vector(pivots);

@@ -61,7 +61,8 @@ class Block {
   // Columns [begin, end) of the search. nan_row is set to the first row with a NaN.
   Block(const Search& search, const Kernels& kernels, int64_t begin, int64_t end)
       : search_(search), kernels_(kernels), begin_(begin), n_(end - begin), d_(search.d) {
-    const double runs = std::max(1.0, std::ceil(static_cast<double>(d_) / kDepth));
+    const double runs =
+        std::max(1.0, std::ceil(static_cast<double>(d_) / static_cast<double>(kernels_.depth)));
     const double depth = std::ceil(static_cast<double>(d_) / runs);
     bound_ = {search.metric, d_, gamma_of(depth + runs), 1, 0, 0};
     scores_all_ = search.x.n <= kFewRows;
@@ -337,7 +338,7 @@ class Task {
   void allocate() {
     const int64_t rows = round_up_to(work_.rows_per_task, work_.kernels.strip), d = search_.d;
     space_.x = Scratch<float>(rows * leading(d));
-    if (d > kDepth) space_.partial = Scratch<float>(rows * work_.kernels.columns);
+    if (d > work_.kernels.depth) space_.partial = Scratch<float>(rows * work_.kernels.columns);
     space_.squares = Scratch<double>(rows);
     space_.products = Scratch<double>(rows);
     space_.thresholds = Scratch<float>(rows + kMaxRowLanes);
@@ -426,13 +427,14 @@ class Task {
     scan.only_nearest = search_.k == 1;
     scan.make_room = [](void* task, int64_t i) { static_cast<Task*>(task)->make_room(i); };
     scan.context = this;
-    const int64_t strips = padded_ / work_.kernels.strip;
+    const int64_t panels = block_.n_panels();
     const Memory ahead = next_rows();
     // Spread over the task, so that its own loads do not wait behind them.
-    scan.lines_per_strip = ahead.bytes / (64 * strips * block_.n_panels()) + (ahead.bytes > 0);
-    for (int64_t panel = 0; panel < block_.n_panels(); ++panel) {
+    const auto share = [&](int64_t panel) { return ahead.bytes / 64 * panel / panels * 64; };
+    for (int64_t panel = 0; panel < panels; ++panel) {
       block_.show(panel, &scan);
-      scan.ahead = ahead.data + panel * strips * scan.lines_per_strip * 64;
+      scan.ahead = ahead.data + share(panel);
+      scan.ahead_bytes = share(panel + 1) - share(panel);
       work_.kernels.scan(scan);
     }
   }

@@ -83,23 +83,31 @@ def nearest(
         TypeError: dtypes that differ or have no kernel.
         BackendError: a backend was asked for by name and cannot search these tensors.
     """
+    _check_options(k, metric, chunk)
+    return _nearest(_Search(k, metric, chunk, backend), x, y, same_class)
+
+
+def _check_options(k: int, metric: str, chunk: int | None) -> None:
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(map(repr, METRICS))}, got {metric!r}")
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise ValueError(f"k must be a positive integer, got {k!r}")
     if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
         raise ValueError(f"chunk must be a positive number of rows or None, got {chunk!r}")
-    search = _Search(k, metric, chunk, backend)
+
+
+def _nearest(
+    search: _Search, x: Rows, y: Rows, same_class: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Of matrices, iterables of them, or batches."""
     if is_whole(x) and is_whole(y):
         a, b = as_tensor(x, "x"), as_tensor(y, "y")  # type: ignore[arg-type]
         if a.ndim == 3 or b.ndim == 3:
             return _nearest_batched(search, a, b, same_class)
         x, y = a, b
     if same_class is not None:
-        found = _nearest_by_class(search, x, y, same_class)
-    else:
-        found = search.run(x, y)
-    return search.results(found)
+        return search.results(_nearest_by_class(search, x, y, same_class))
+    return search.results(search.run(x, y))
 
 
 @dataclass

@@ -153,6 +153,33 @@ def test_medians_are_numpys(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(got.nan_to_num(), want.to(got.dtype).nan_to_num())
 
 
+# Classes of none, one and two rows; around blocks of 8 and 16 rows, 32 values that are ranked by
+# comparing all with all, and 512 rows of which a sample is taken.
+CLASS_SIZES = (1, 0, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 34, 511, 512, 513, 1030)
+
+
+@parametrize_isas
+@pytest.mark.parametrize("d", [1, 7, 8, 9, 17, 40])
+def test_medians_of_classes_of_every_size(isa: str, d: int) -> None:
+    assert NATIVE
+    NATIVE.set_isa(isa)
+    labels = torch.repeat_interleave(torch.arange(len(CLASS_SIZES)), torch.tensor(CLASS_SIZES))
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(d))]
+    x = normal(len(labels), d, seed=d)
+    kinds = [
+        x,
+        x.round(),  # ties
+        torch.full_like(x, -0.75),
+        torch.where(x > 0, 1.0, -1.0),  # the middle values of an even number often differ
+        torch.where(x.abs() > 1, x.sign() * torch.inf, x),
+    ]
+    for values in [*kinds, torch.cat(kinds, dim=1)]:
+        got = class_medians(values, labels, len(CLASS_SIZES))
+        with np.errstate(invalid="ignore"):  # the mean of both infinities
+            want = numpy_medians(values, labels, len(CLASS_SIZES)).float()
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
 @given(data=st.data())
 def test_medians_of_unfriendly_distributions(data: st.DataObject) -> None:
     """Long tails, few distinct values, infinities, sorted rows."""
@@ -216,6 +243,21 @@ def test_medians_name_the_row_with_a_nan(name: str) -> None:
     x[2001, 39] = x[1004, 0] = torch.nan
     with pytest.raises(ValueError, match=r"x\[1004\] holds a NaN"):
         class_medians(x, labels, backend=name)
+
+
+@parametrize_isas
+def test_medians_find_a_nan_wherever_it_is(isa: str) -> None:
+    """In whole and partial blocks of rows and columns, with and without a sample."""
+    assert NATIVE
+    NATIVE.set_isa(isa)
+    for n, d, rows in ((1, 1, [0]), (13, 11, list(range(13))), (530, 19, [0, 7, 512, 525, 529])):
+        x, labels = normal(n, d), torch.zeros(n, dtype=torch.int64)
+        for row in rows:
+            for column in range(d):
+                bad = x.clone()
+                bad[row, column] = torch.nan
+                with pytest.raises(ValueError, match=rf"x\[{row}\] holds a NaN"):
+                    class_medians(bad, labels)
 
 
 @parametrize_backends

@@ -21,8 +21,8 @@ NATIVE = backend.native()
 ISAS = NATIVE.isas() if NATIVE else ()
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 METRICS = ("sqeuclidean", "euclidean", "cosine", "ip")
-# One of everything; around strips of 4 and 6 rows, panels of 8, 16 and 64 columns, runs of 512
-# products; so few rows that no filter runs.
+# One of everything; around strips of 4 and 6 rows, panels of 8, 24 and 64 columns, runs of 256 and
+# 512 products; so few rows that no filter runs.
 SHAPES = (
     (1, 1, 1),
     (9, 1, 7),
@@ -31,6 +31,7 @@ SHAPES = (
     (25, 33, 17),
     (5, 70, 8),
     (40, 129, 63),
+    (14, 49, 257),
     (30, 40, 513),
     (11, 35, 1030),
 )
@@ -123,7 +124,7 @@ def test_rows_that_float32_products_cannot_tell_apart(isa: str, metric: str, k: 
 
 @parametrize_isas
 @pytest.mark.parametrize("metric", ["sqeuclidean", "cosine", "ip"])
-@pytest.mark.parametrize("d", [512, 1536])
+@pytest.mark.parametrize("d", [256, 512, 1536])
 def test_sums_that_lose_every_term_are_certified(isa: str, metric: str, d: int) -> None:
     """Products of 2^-25 added to 1 vanish one by one in float32, hundreds of roundings in all."""
     assert NATIVE
@@ -132,7 +133,9 @@ def test_sums_that_lose_every_term_are_certified(isa: str, metric: str, d: int) 
     x[:, 0] = 1
     y = torch.zeros(130, d)
     y[:, 0] = 1
-    y[:65, -1] = torch.linspace(0.5, 0.8, 65) * 511 * 2.0**-19  # in one term: seen by any sum
+    y[:65, -1] = (
+        torch.linspace(0.5, 0.8, 65) * min(d - 1, 511) * 2.0**-19
+    )  # in one term: always seen
     y[64] = 2.0**-19
     y[64, 0] = 1
     y[65:] = -y[:65]  # so that the mean is zero
@@ -286,16 +289,32 @@ def test_batches_are_searched_one_by_one(metric: str) -> None:
     assert nearest(x[:0], y[:0])[1].shape == (0, 20)
 
 
+@parametrize_metrics
 @pytest.mark.parametrize("backend_name", ["cpu", "reference"])
-def test_same_class_compares_rows_of_one_label_only(backend_name: str) -> None:
+@pytest.mark.parametrize("k", [1, 5])
+def test_same_class_compares_rows_of_one_label_only(backend_name: str, metric: str, k: int) -> None:
     x, y = normal(200, 6, torch.float32, 0), normal(90, 6, torch.float32, 1)
     x_labels, y_labels = torch.arange(200) % 3 * 7 - 7, torch.arange(90) % 4 * 7 - 7
-    for k in (1, 5):
-        distances, indices = nearest(x, y, k, same_class=(x_labels, y_labels), backend=backend_name)
-        for label in (-7, 0, 7):
-            rows, columns = x_labels == label, torch.nonzero(y_labels == label)[:, 0]
-            own = nearest(x[rows], y[columns], k)
-            assert_same((distances[rows], indices[rows]), (own[0], columns[own[1]]), f"{label}")
+    labels = (x_labels, y_labels)
+    found = nearest(x, y, k, same_class=labels, metric=metric, backend=backend_name)
+    distances, indices = (t.reshape(200, k) for t in found)
+    for label in (-7, 0, 7):
+        rows, columns = x_labels == label, torch.nonzero(y_labels == label)[:, 0]
+        positions = torch.searchsorted(columns, indices[rows])
+        assert torch.equal(columns[positions], indices[rows]), "another label"
+        assert_nearest(x[rows], y[columns], k, metric, (distances[rows], positions))
+
+
+@pytest.mark.parametrize("backend_name", ["cpu", "reference"])
+def test_same_class_takes_the_lowest_index_of_ties(backend_name: str) -> None:
+    x, y = torch.ones(20, 3), torch.ones(60, 3)
+    x_labels, y_labels = torch.arange(20) % 2, (torch.arange(60) + 1) % 3
+    for metric in METRICS:
+        found = nearest(
+            x, y, 2, same_class=(x_labels, y_labels), metric=metric, backend=backend_name
+        )
+        want = torch.tensor([[2, 5], [0, 3]])[x_labels]
+        assert torch.equal(found[1], want), metric
 
 
 def test_arrays_on_disk_are_read_where_they_are(tmp_path: Path) -> None:
@@ -460,6 +479,16 @@ X, Y = torch.zeros(4, 3), torch.zeros(5, 3)
             "labels of x have shape .* and dtype torch.float32",
         ),
         (lambda: nearest(X, Y, same_class=torch.zeros(4).long()), TypeError, "must be a pair"),
+        (
+            lambda: nearest(X[None], Y[None], same_class=(torch.zeros(1, 4), torch.zeros(1, 5))),
+            ValueError,
+            "same_class takes matrices; call nearest once per batch entry",
+        ),
+        (
+            lambda: nearest([X], Y, same_class=(torch.zeros(4).long(), torch.zeros(5).long())),
+            ValueError,
+            "same_class takes matrices, not iterables of chunks",
+        ),
         (lambda: nearest(X, Y, backend="gpu"), ValueError, "backend must be one of"),
         (
             lambda: nearest(np.zeros((4, 3), ">f4"), Y),

@@ -1,9 +1,9 @@
-// Medians of columns with AVX-512: one read of the rows, in which every column keeps only the
-// values within a bracket around its median; included once per instruction set.
+// Medians of columns with AVX-512 or AVX2: one read of the rows, in which every column keeps only
+// the values within a bracket around its median; included once per instruction set.
 //
 // The bracket comes from a sample of the rows: of kSample values, those kMargin places below and
 // above the middle. The median of all is within it but for some 1 in 10^4 columns, which are read
-// again. A block of 16 rows and 16 columns is transposed in registers, so that a vector holds
+// again. A block of as many rows as columns is transposed in registers, so that a vector holds
 // values of one column and what is within the bracket is compressed to the end of the column's
 // list. The lists, about a third of the values, are narrowed in the same way until few values are
 // left.
@@ -14,45 +14,108 @@
 namespace pyoptim::coreset {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 
 constexpr int kSample = 128, kMargin = 22;
 // Fewer rows are all kept.
 constexpr int64_t kSampledRows = 512;
+// So few values are ranked by comparing all with all.
+constexpr int64_t kRanked = 32;
+// Rows are asked for so many ahead, a cache line of float32 at a time. On Zen 3 8 rows are too few.
+constexpr int64_t kRowsAhead = kMedianLanes == 8 ? 32 : 16, kPrefetched = 16;
 
 struct Within {
   int64_t below, kept;
 };
 
-PYOPTIM_HD __m512 load_floats(const float* from) { return _mm512_loadu_ps(from); }
+#if defined(__AVX512F__)
 
-// Writes what is from low to high, and moves the end behind it; returns how many are below. NaN is
-// neither.
-PYOPTIM_HD int squeeze_vector(__m512 x, float low, float high, float** end) {
-  const __mmask16 below = _mm512_cmp_ps_mask(x, _mm512_set1_ps(low), _CMP_LT_OQ);
-  const __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_set1_ps(high), _CMP_NLE_UQ);
-  const auto kept = static_cast<__mmask16>(~(below | above));
-  _mm512_storeu_ps(*end, _mm512_maskz_compress_ps(kept, x));
-  *end += __builtin_popcount(kept);
-  return __builtin_popcount(below);
+PYOPTIM_HD uint32_t lanes_below(FloatV a, FloatV b) {
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ);
+}
+PYOPTIM_HD uint32_t lanes_equal(FloatV a, FloatV b) {
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_EQ_OQ);
+}
+// Lanes from low to high; none where x is NaN.
+PYOPTIM_HD uint32_t lanes_within(FloatV x, FloatV low, FloatV high) {
+  const __mmask16 below = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NGE_UQ);
+  const __mmask16 above = _mm512_cmp_ps_mask((__m512)x, (__m512)high, _CMP_NLE_UQ);
+  return static_cast<__mmask16>(~(below | above));
+}
+// Writes a whole vector, of which the lanes whose bits are set come first.
+PYOPTIM_HD void store_kept(float* to, FloatV x, uint32_t kept) {
+  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(static_cast<__mmask16>(kept), (__m512)x));
+}
+PYOPTIM_HD FloatV load_part(const float* from, int64_t n, float fill) {
+  if (n >= kMedianLanes) return load_vector(from);
+  const auto mask = static_cast<__mmask16>((1u << n) - 1);
+  return (FloatV)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), mask, from);
 }
 
-PYOPTIM_HD __m512 load_part(const float* from, int64_t n, float fill) {
-  if (n >= kMedianLanes) return load_floats(from);
-  const auto mask = static_cast<__mmask16>((1u << n) - 1);
-  return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), mask, from);
+#else
+
+PYOPTIM_HD uint32_t lane_bits(__m256 holds) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(holds));
+}
+PYOPTIM_HD uint32_t lanes_below(FloatV a, FloatV b) {
+  return lane_bits(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LT_OQ));
+}
+PYOPTIM_HD uint32_t lanes_equal(FloatV a, FloatV b) {
+  return lane_bits(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_EQ_OQ));
+}
+// Lanes from low to high; none where x is NaN.
+PYOPTIM_HD uint32_t lanes_within(FloatV x, FloatV low, FloatV high) {
+  const __m256 from = _mm256_cmp_ps((__m256)x, (__m256)low, _CMP_GE_OQ);
+  return lane_bits(_mm256_and_ps(from, _mm256_cmp_ps((__m256)x, (__m256)high, _CMP_LE_OQ)));
+}
+
+// For every set of lanes their numbers, ascending, then zeros.
+struct KeptLanes {
+  uint8_t lanes[256][8] = {};
+
+  constexpr KeptLanes() {
+    for (int kept = 0; kept < 256; ++kept) {
+      for (int l = 0, n = 0; l < 8; ++l) {
+        if (kept >> l & 1) lanes[kept][n++] = static_cast<uint8_t>(l);
+      }
+    }
+  }
+};
+constexpr KeptLanes kKeptLanes;
+
+// Writes a whole vector, of which the lanes whose bits are set come first.
+PYOPTIM_HD void store_kept(float* to, FloatV x, uint32_t kept) {
+  const auto* const lanes = reinterpret_cast<const __m128i*>(kKeptLanes.lanes[kept]);
+  const __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64(lanes));
+  _mm256_storeu_ps(to, _mm256_permutevar8x32_ps((__m256)x, order));
+}
+PYOPTIM_HD FloatV load_part(const float* from, int64_t n, float fill) {
+  if (n >= kMedianLanes) return load_vector(from);
+  float part[kMedianLanes];
+  for (int l = 0; l < kMedianLanes; ++l) part[l] = l < n ? from[l] : fill;
+  return load_vector(part);
+}
+
+#endif
+
+PYOPTIM_HD FloatV larger(FloatV a, FloatV b) { return a > b ? a : b; }  // b where either is NaN
+
+// Writes what is from low to high, and moves the end behind it. NaN is not.
+PYOPTIM_HD void keep_within(FloatV x, FloatV low, FloatV high, float** end) {
+  const uint32_t kept = lanes_within(x, low, high);
+  store_kept(*end, x, kept);
+  *end += __builtin_popcount(kept);
 }
 
 // Writes the values from low to high to `to`, which has room for n and a vector.
 inline Within squeeze(const float* values, int64_t n, float low, float high, float* to) {
+  const FloatV lows = broadcast(low), highs = broadcast(high);
   float* end = to;
-  int64_t below = 0, i = 0;
-  for (; i + kMedianLanes <= n; i += kMedianLanes) {
-    below += squeeze_vector(load_floats(values + i), low, high, &end);
-  }
-  if (i < n) {
-    const __m512 rest = load_part(values + i, n - i, __builtin_nanf(""));
-    below += squeeze_vector(rest, low, high, &end);
+  int64_t below = 0;
+  for (int64_t i = 0; i < n; i += kMedianLanes) {
+    const FloatV x = load_part(values + i, n - i, __builtin_nanf(""));
+    below += __builtin_popcount(lanes_below(x, lows));
+    keep_within(x, lows, highs, &end);
   }
   return {below, end - to};
 }
@@ -61,26 +124,37 @@ struct Middle {
   float low, high;
 };
 
+// The least and the largest lane.
+PYOPTIM_HD Middle fold_extremes(FloatV least, FloatV largest) {
+  Middle ends = {least[0], largest[0]};
+  for (int l = 1; l < kMedianLanes; ++l) {
+    ends.low = least[l] < ends.low ? least[l] : ends.low;
+    ends.high = largest[l] > ends.high ? largest[l] : ends.high;
+  }
+  return ends;
+}
+
 // The largest value below a pivot, and the smallest that is not.
 inline Middle neighbours(const float* values, int64_t n, float pivot) {
-  const __m512 bound = _mm512_set1_ps(pivot), infinite = _mm512_set1_ps(__builtin_inff());
-  __m512 below = -infinite, above = infinite;
+  const FloatV bound = broadcast(pivot), infinite = broadcast(__builtin_inff());
+  FloatV below = -infinite, above = infinite;
   for (int64_t i = 0; i < n; i += kMedianLanes) {
-    const __m512 x = load_part(values + i, n - i, __builtin_nanf(""));
-    below = _mm512_mask_max_ps(below, _mm512_cmp_ps_mask(x, bound, _CMP_LT_OQ), below, x);
-    above = _mm512_mask_min_ps(above, _mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ), above, x);
+    const FloatV x = load_part(values + i, n - i, __builtin_nanf(""));
+    below = larger(x < bound ? x : -infinite, below);
+    above = smaller(x >= bound ? x : infinite, above);
   }
-  return {_mm512_reduce_max_ps(below), _mm512_reduce_min_ps(above)};
+  const Middle ends = fold_extremes(above, below);
+  return {ends.high, ends.low};
 }
 
 inline Middle extremes(const float* values, int64_t n) {
-  __m512 least = load_part(values, n, values[0]), largest = least;
+  FloatV least = load_part(values, n, values[0]), largest = least;
   for (int64_t i = kMedianLanes; i < n; i += kMedianLanes) {
-    const __m512 x = load_part(values + i, n - i, values[0]);
-    least = _mm512_min_ps(least, x);
-    largest = _mm512_max_ps(largest, x);
+    const FloatV x = load_part(values + i, n - i, values[0]);
+    least = smaller(x, least);
+    largest = larger(x, largest);
   }
-  return {_mm512_reduce_min_ps(least), _mm512_reduce_max_ps(largest)};
+  return fold_extremes(least, largest);
 }
 
 // Values of a column, of which two of neighbouring ranks are wanted (or one, twice).
@@ -123,18 +197,21 @@ inline Middle choose_pivots(const Wanted& w, int round) {
   return {pivot, pivot};
 }
 
-// So few values are ranked by comparing all with all.
 inline Middle rank_few(const Wanted& w) {
-  const __m512 first = load_part(w.values, w.n, __builtin_inff());
-  const int64_t left = w.n > kMedianLanes ? w.n - kMedianLanes : 0;
-  const __m512 second = load_part(w.values + kMedianLanes, left, __builtin_inff());
+  constexpr int kVectors = kRanked / kMedianLanes;
+  FloatV values[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t at = std::min<int64_t>(v * kMedianLanes, w.n);
+    values[v] = load_part(w.values + at, w.n - at, __builtin_inff());
+  }
   Middle found = {};
   for (int64_t i = 0; i < w.n; ++i) {
-    const __m512 x = _mm512_set1_ps(w.values[i]);
-    const uint32_t less = _mm512_cmp_ps_mask(first, x, _CMP_LT_OQ) |
-                          static_cast<uint32_t>(_mm512_cmp_ps_mask(second, x, _CMP_LT_OQ)) << 16;
-    const uint32_t equal = _mm512_cmp_ps_mask(first, x, _CMP_EQ_OQ) |
-                           static_cast<uint32_t>(_mm512_cmp_ps_mask(second, x, _CMP_EQ_OQ)) << 16;
+    const FloatV x = broadcast(w.values[i]);
+    uint32_t less = 0, equal = 0;
+    for (int v = 0; v < kVectors; ++v) {
+      less |= lanes_below(values[v], x) << v * kMedianLanes;
+      equal |= lanes_equal(values[v], x) << v * kMedianLanes;
+    }
     const int64_t rank = __builtin_popcount(less) + __builtin_popcount(equal & ((1u << i) - 1));
     if (rank == w.rank) found.low = w.values[i];
     if (rank == w.last) found.high = w.values[i];
@@ -143,7 +220,7 @@ inline Middle rank_few(const Wanted& w) {
 }
 
 inline Middle select_middle(Wanted w) {
-  for (int round = 0; w.n > 2 * kMedianLanes; ++round) {
+  for (int round = 0; w.n > kRanked; ++round) {
     if (w.low == w.high) return {w.low, w.low};
     const Middle pivots = choose_pivots(w, round);
     const Within found = squeeze(w.values, w.n, pivots.low, pivots.high, w.scratch);
@@ -185,19 +262,20 @@ struct SortingNetwork {
 };
 
 // Sorts every lane.
-inline void sort_lanes(__m512* sample) {
+inline void sort_lanes(FloatV* sample) {
   static constexpr SortingNetwork network;
   for (int i = 0; i < network.n; ++i) {
-    __m512 *const a = sample + network.first[i], *const b = sample + network.second[i];
-    const __m512 low = _mm512_min_ps(*a, *b), high = _mm512_max_ps(*a, *b);
+    FloatV *const a = sample + network.first[i], *const b = sample + network.second[i];
+    const FloatV low = smaller(*a, *b), high = larger(*a, *b);
     *a = low;
     *b = high;
   }
 }
 
 // Rows become columns.
-PYOPTIM_HD void transpose(__m512* rows) {
-  __m512 t[16];
+#if defined(__AVX512F__)
+PYOPTIM_HD void transpose(FloatV* block) {
+  __m512 *const rows = reinterpret_cast<__m512*>(block), t[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
@@ -224,6 +302,29 @@ PYOPTIM_HD void transpose(__m512* rows) {
     rows[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
   }
 }
+#else
+PYOPTIM_HD void transpose(FloatV* block) {
+  __m256 t[8], u[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    const __m256 a = (__m256)block[i], b = (__m256)block[i + 1];
+    t[i] = _mm256_unpacklo_ps(a, b);
+    t[i + 1] = _mm256_unpackhi_ps(a, b);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    block[i] = (FloatV)_mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+    block[i + 4] = (FloatV)_mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+  }
+}
+#endif
 
 // The medians of a block of columns.
 template <class E>
@@ -248,17 +349,17 @@ class BlockMedians {
   }
 
   // Columns c, c + 1, ... of a row.
-  __m512 load_group(const E* row, int64_t c) const {
-    if (c + kMedianLanes <= work_.width) return (__m512)load_vector(row + c);
+  FloatV load_group(const E* row, int64_t c) const {
+    if (c + kMedianLanes <= work_.width) return load_vector(row + c);
     E tail[kMedianLanes];
     copy_tail(row + c, work_.width - c, tail);
-    return (__m512)load_vector(tail);
+    return load_vector(tail);
   }
 
   void bracket(int64_t c) {
-    __m512 low = _mm512_set1_ps(-__builtin_inff()), high = -low;
+    FloatV low = broadcast(-__builtin_inff()), high = -low;
     if (work_.n >= kSampledRows) {
-      __m512 sample[kSample];
+      FloatV sample[kSample];
       for (int i = 0; i < kSample; ++i) {
         __builtin_prefetch(row((i + 16) % kSample * work_.n / kSample) + c);
         sample[i] = load_group(row(i * work_.n / kSample), c);
@@ -267,10 +368,10 @@ class BlockMedians {
       low = sample[kSample / 2 - kMargin];
       high = sample[kSample / 2 + kMargin];
     }
-    _mm512_storeu_ps(lows_ + c, low);
-    _mm512_storeu_ps(highs_ + c, high);
+    store_vector(lows_ + c, low);
+    store_vector(highs_ + c, high);
+    store_as(below_ + c, WordV{});
     for (int64_t l = c; l < c + kMedianLanes; ++l) {
-      below_[l] = 0;
       ends_[l] = work_.copy + l * ld_;
     }
   }
@@ -282,7 +383,7 @@ class BlockMedians {
       const E *rows[kMedianLanes], *next[kMedianLanes];
       for (int64_t r = 0; r < kMedianLanes; ++r) {
         rows[r] = row(i + r < work_.n ? i + r : i);
-        next[r] = row(i + r + kMedianLanes < work_.n ? i + r + kMedianLanes : i);
+        next[r] = row(i + r + kRowsAhead < work_.n ? i + r + kRowsAhead : i);
       }
       const int64_t n = work_.n - i < kMedianLanes ? work_.n - i : kMedianLanes;
       for (int64_t c = 0; c < work_.width; c += kMedianLanes) {
@@ -295,29 +396,25 @@ class BlockMedians {
 
   template <bool kIsWhole>
   bool read_block(const E* const* rows, const E* const* next, int64_t n, int64_t c) {
-    __m512 block[kMedianLanes];
-    __mmask16 has_nan = 0;
+    const FloatV lows = load_vector(lows_ + c), nan = broadcast(__builtin_nanf(""));
+    WordV below = load_as<WordV>(below_ + c);
+    FloatV block[kMedianLanes], checked = FloatV{};
 #pragma GCC unroll 16
     for (int r = 0; r < kMedianLanes; ++r) {
-      __builtin_prefetch(next[r] + c);
-      block[r] = load_group(rows[r], c);
+      if (c % kPrefetched == 0) __builtin_prefetch(next[r] + c);
+      const FloatV x = load_group(rows[r], c);
+      checked = x != x ? x : checked;
+      block[r] = kIsWhole || r < n ? x : nan;
+      below = add_where_below(below, block[r], lows);
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < kMedianLanes; r += 2) {
-      has_nan |= _mm512_cmp_ps_mask(block[r], block[r + 1], _CMP_UNORD_Q);
-    }
+    store_as(below_ + c, below);
     transpose(block);
-    const auto absent = static_cast<__mmask16>(0xffffu << n);
-    const __m512 nan = _mm512_set1_ps(__builtin_nanf(""));
-    const float *const lows = lows_ + c, *const highs = highs_ + c;
-    int32_t* const below = below_ + c;
     float** const ends = ends_ + c;
 #pragma GCC unroll 16
     for (int l = 0; l < kMedianLanes; ++l) {
-      const __m512 x = kIsWhole ? block[l] : _mm512_mask_mov_ps(block[l], absent, nan);
-      below[l] += squeeze_vector(x, lows[l], highs[l], ends + l);
+      keep_within(block[l], broadcast(lows_[c + l]), broadcast(highs_[c + l]), ends + l);
     }
-    return has_nan != 0;
+    return any_lane(checked != checked);
   }
 
   double median(int64_t c) {
@@ -345,8 +442,8 @@ class BlockMedians {
   ColumnMedians& work_;
   int64_t ld_;  // of the columns' lists
   float lows_[kMedianColumns], highs_[kMedianColumns];
-  int32_t below_[kMedianColumns];  // values below the bracket
-  float* ends_[kMedianColumns];    // of the lists
+  uint32_t below_[kMedianColumns];  // values below the bracket
+  float* ends_[kMedianColumns];     // of the lists
 };
 
 #endif
