@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +42,30 @@ RULE_RATES = {
     "momentum": (0.1, 0.01, 1e-3),
 }
 RULE_DRAWS = 2
-# What the scheduler does with the answers of the network: options of `pyoptim.lr_scheduler.ARC`.
 PAPER_RULE: dict[str, Any] = {"margins": None, "final_decay": 0.0}
-RULES: dict[str, dict[str, Any]] = {
-    "the paper's": PAPER_RULE,
-    "final decay": {"margins": None},
-    "margins 0.3, 0.1": {"margins": (0.3, 0.1), "final_decay": 0.0},
-    "margins 0.4, 0.4, final decay": {"margins": (0.4, 0.4)},
-    "margins 0.3, 0.3, final decay": {"margins": (0.3, 0.3)},
-    "margins 0.3, 0.1, final decay": {"margins": (0.3, 0.1)},
-    "margins 0.3, 0, final decay": {"margins": (0.3, 0.0)},
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the scheduler does with the answers of a network.
+
+    Args:
+        options: of `pyoptim.lr_scheduler.ARC`.
+        recipe: of the network; None is the one that ships.
+    """
+
+    options: Mapping[str, Any]
+    recipe: str | None = None
+
+
+FORMER = "perceptrons, half soft"  # sees how the rate changed, not the rate
+RULES = {
+    "the paper's": Rule(PAPER_RULE),
+    "final decay": Rule({"margins": None}),
+    "margins 0.4, 0.4, final decay": Rule({"margins": (0.4, 0.4)}),
+    "margins 0.2, 0.2, final decay": Rule({"margins": (0.2, 0.2)}),
+    "the same, rate not seen": Rule({"margins": (0.4, 0.4)}, FORMER),
+    "the same, optimizer unknown": Rule({"margins": (0.4, 0.4), "usual_lr": None}),
 }
 
 
@@ -118,18 +132,33 @@ def closed_loop(cohort: Cohort, controllers: Mapping[str, list[Controller]]) -> 
     return _outcome(
         cohort,
         {
-            name: controlled(by_fold[fold].probabilities, interval=3, **PAPER_RULE)
+            name: controlled(by_fold[fold], cohort.optimizer, interval=3, **PAPER_RULE)
             for name, by_fold in controllers.items()
         },
     )
 
 
 def under_rules(
-    cohort: Cohort, controllers: Sequence[Controller], rules: Mapping[str, Mapping[str, Any]]
+    cohort: Cohort,
+    rules: Mapping[str, Rule],
+    controllers: Mapping[str | None, Sequence[Sequence[Controller]]],
 ) -> Outcome:
-    """The task of a cohort under the rivals and one controller, whose answers each rule follows."""
-    judge = controllers[_fold_of(cohort)].probabilities
-    return _outcome(cohort, {name: controlled(judge, **rule) for name, rule in rules.items()})
+    """The task of a cohort under the rivals, and under every rule with every one of its networks.
+
+    Args:
+        controllers: of the recipe of each rule, by training seed and fold.
+
+    Returns: the policies are the rivals, and for each rule one per training seed.
+    """
+    fold = _fold_of(cohort)
+    return _outcome(
+        cohort,
+        {
+            f"{name} | {seed}": controlled(by_fold[fold], cohort.optimizer, **rule.options)
+            for name, rule in rules.items()
+            for seed, by_fold in enumerate(controllers[rule.recipe])
+        },
+    )
 
 
 def _fold_of(cohort: Cohort) -> int:

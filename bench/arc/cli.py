@@ -45,7 +45,7 @@ def _judge(options: argparse.Namespace) -> None:
 def _rules(options: argparse.Namespace) -> None:
     points, kept = load_points(options.folder), results.Results(options.results)
     recipe = SHIPPED["default"]
-    results.judge_rules(points, recipe, PROXIES, options.folder / "folds", kept)
+    results.judge_rules(points, recipe, PROXIES, options.seeds, options.folder / "folds", kept)
     print(results.markdown(kept))
 
 
