@@ -667,7 +667,7 @@ def test_a_network_that_sees_the_rate_uses_it_and_can_do_without() -> None:
     large = some.runs % 2 == 0
     names = np.array(["adam", "momentum"] * 200)
     usual = torch.tensor([generate.usual_lr(name) for name in names])
-    assert set(usual.tolist()) == pytest.approx({1e-3, 1e-2})
+    assert usual[:2].tolist() == pytest.approx([1e-3, 1e-2])
     lrs = torch.where(large, 30 * usual, usual / 30)
     torch.testing.assert_close(
         train.places(dataclasses.replace(some, lrs=lrs, optimizers=names)),
