@@ -343,7 +343,7 @@ class SummaryNet(Controller):
 ARCHITECTURES: dict[str, type[Controller]] = {c.architecture: c for c in (ConvLSTM, SummaryNet)}
 
 WEIGHTS: dict[str, str] = {
-    "default": "d17cab1c4c661a0c08e0a44f414e65aee0312bd4c9ed848f35bf0a270f6f44b2",
+    "default": "7a863c3154869064a6876faa76432c92a37b21ce2ced14a6b43a40cdada4e98d",
     "conv-lstm": "d598cb8d09ab98014bd1787ce47cc7f8e097352cda8af683a31b4cf39373fde5",
 }
 """Names that `load` knows, with the SHA-256 of the files in pyoptim/weights."""
