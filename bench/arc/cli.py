@@ -22,7 +22,7 @@ PROXIES = [
 ]
 LOOP_RECIPES = [
     *("logistic", "perceptrons", "perceptrons, soft", "perceptrons, half soft"),
-    *("perceptrons, half soft, rate", "perceptrons, half soft, caution 1"),
+    "perceptrons, half soft, caution 1",
 ]
 # Name of the weights to their recipe: the outcome of `judge`, see docs/arc-model-card.md.
 SHIPPED = {"default": "perceptrons, half soft, rate", "conv-lstm": "conv-lstm"}
