@@ -662,7 +662,7 @@ def test_summary_net_learns_curves_of_held_out_families(hidden: int) -> None:
 
 
 def test_a_network_that_sees_the_rate_uses_it_and_can_do_without() -> None:
-    """Curves that say half of what is best; whether the rate is far above the usual one the rest."""
+    """Curves that say half of what is best; how far the rate is above the usual one the rest."""
     some = made_points()
     large = some.runs % 2 == 0
     names = np.array(["adam", "momentum"] * 200)
@@ -687,7 +687,7 @@ def test_a_network_that_sees_the_rate_uses_it_and_can_do_without() -> None:
     with torch.no_grad():
         read = train.inputs(controller, some.windows[flat], some.cycles[flat])
         keep = controller(read).softmax(1)[:, points.KEEP]
-    assert 0.3 < keep.mean() < 0.7
+    assert 0.4 < keep.mean() < 0.6
 
 
 @pytest.mark.parametrize("fit", [QUICK, dataclasses.replace(QUICK, pairwise=True)])
@@ -877,7 +877,7 @@ def test_rules_are_judged_on_families_that_the_controller_has_not_seen(
 ) -> None:
     monkeypatch.setattr(choose, "EPOCHS", 10)
     monkeypatch.setattr(choose, "RULE_STEPS", 2)
-    monkeypatch.setattr(choose, "RULE_DRAWS", 1)
+    monkeypatch.setattr(choose, "RULE_DRAWS", 2)
     monkeypatch.setattr(
         results,
         "RULES",
@@ -907,25 +907,23 @@ def test_rules_are_judged_on_families_that_the_controller_has_not_seen(
     assert sum(counts) == 200
     fold = 1 + next(i for i, f in enumerate(train.FOLDS) if "tabular" in f)
     assert set(asked) == {(name, seed, fold) for name in ("any", "other") for seed in (0, 1)}
-    (row,) = kept.sections["rules"].values()
+    row, other = kept.sections["rules"].values()
+    assert row["optimizer"] != other["optimizer"]
     best = row["best"]
-    ruled = ["bold | 0", "bold | 1", "never | 0", "never | 1"]
-    assert list(best) == [*schedules.RIVALS, *ruled]
-    assert best["bold | 0"] != best["constant"]
+    assert list(best) == [*schedules.RIVALS, "bold", "never"]
+    assert best["bold"] != best["constant"]
     assert "| never |" in results.markdown(kept)
-    assert "1/1 wine-mlp, adam" in capsys.readouterr().out
+    assert "1/2 wine-mlp, adam" in capsys.readouterr().out
 
 
 def test_rules_table_counts_places_and_losses() -> None:
     # One task, one rate, two seeds.
     best = {"constant": [[1.0, 1.2]], "cyclic cosine": [[2.0, 2.0]], "exponential": [[3.0, 3.0]]}
     best |= {"good": [[0.5, 0.7]], "bad": [[1.25, 1.27]], "third": [[2.5, 2.5]]}
-    best |= {"mean | 0": [[0.5, 0.7]], "mean | 1": [[2.5, 2.5]]}
     table = results.markdown(in_memory("rules", {"best": best}))
     assert "| good | 0 | 0 | 100 | 0 |" in table
     assert "| bad | 27 | 27 | 100 | 100 |" in table
     assert "| third | 79 | 79 | 0 | 100 |" in table
-    assert "| mean | 40 | 40 | 50 | 50 |" in table
 
 
 def in_memory(section: str, row: dict) -> results.Results:

@@ -139,22 +139,19 @@ def closed_loop(cohort: Cohort, controllers: Mapping[str, list[Controller]]) -> 
 def under_rules(
     cohort: Cohort,
     rules: Mapping[str, Rule],
-    controllers: Mapping[str | None, Sequence[Sequence[Controller]]],
+    controllers: Mapping[str | None, Sequence[Controller]],
 ) -> Outcome:
-    """The task of a cohort under the rivals, and under every rule with every one of its networks.
+    """The task of a cohort under the rivals, and under every rule.
 
     Args:
-        controllers: of the recipe of each rule, by training seed and fold.
-
-    Returns: the policies are the rivals, and for each rule one per training seed.
+        controllers: of the recipe of each rule, by fold.
     """
     fold = _fold_of(cohort)
     return _outcome(
         cohort,
         {
-            f"{name} | {seed}": controlled(by_fold[fold], cohort.optimizer, **rule.options)
+            name: controlled(controllers[rule.recipe][fold], cohort.optimizer, **rule.options)
             for name, rule in rules.items()
-            for seed, by_fold in enumerate(controllers[rule.recipe])
         },
     )
 

@@ -134,18 +134,22 @@ def judge_rules(
 ) -> None:
     """Whole trainings of held-out families under every rule of `choose.RULES`.
 
-    Every rule is judged with the networks of `seeds` trainings of its recipe, by default `recipe`.
+    The networks are those of `seeds` trainings of the rule's recipe, by default `recipe`, which
+    take turns over the tasks.
     """
-    controllers = {
-        wanted: [fold_controllers(points, wanted or recipe, seed, folds) for seed in range(seeds)]
-        for wanted in dict.fromkeys([None, *(rule.recipe for rule in RULES.values())])
-    }
-    results.once("leans", "all", lambda: _lean_row(points, controllers[None][0]))
+    wanted = dict.fromkeys([None, *(rule.recipe for rule in RULES.values())])
+    controllers = [
+        {name: fold_controllers(points, name or recipe, seed, folds) for name in wanted}
+        for seed in range(seeds)
+    ]
+    results.once("leans", "all", lambda: _lean_row(points, controllers[0][None]))
     cohorts = rule_cohorts(tasks)
     for number, cohort in enumerate(cohorts, 1):
         print(f"{number}/{len(cohorts)} {cohort.task}, {cohort.optimizer}", flush=True)
         results.once(
-            "rules", f"{cohort.task} {cohort.index}", lambda c=cohort: _rule_row(c, controllers)
+            "rules",
+            f"{cohort.task} {cohort.index}",
+            lambda c=cohort, s=number % seeds: _rule_row(c, controllers[s]),
         )
 
 
@@ -163,13 +167,9 @@ def _lean_row(points: Points, controllers: Sequence[arc.Controller]) -> Row:
     return {"rows": rows}
 
 
-def _rule_row(
-    cohort: Cohort, controllers: Mapping[str | None, Sequence[Sequence[arc.Controller]]]
-) -> Row:
+def _rule_row(cohort: Cohort, controllers: Mapping[str | None, Sequence[arc.Controller]]) -> Row:
     best = best_so_far(under_rules(cohort, RULES, controllers).metric, higher_is_better=False)
-    names = [*RIVALS]
-    for name, rule in RULES.items():
-        names += [f"{name} | {seed}" for seed in range(len(controllers[rule.recipe]))]
+    names = [*RIVALS, *RULES]
     return {
         "optimizer": cohort.optimizer,
         "rates": cohort.rates,
@@ -279,19 +279,14 @@ def _leans_table(rows: list[tuple[str, Row]]) -> str:
 
 
 def _rules_table(rows: list[tuple[str, Row]]) -> str:
-    """One line per rule: means over the networks of its training seeds."""
     names = list(rows[0][1]["best"])
     best = torch.tensor([[row["best"][name] for name in names] for _, row in rows])
     shares = torch.stack([shares_lost_of(task) for task in best]).mean(0)  # [policies, rates]
-    measures = [shares, shares.mean(1, keepdim=True)]
-    measures += [_seconds(best, names)[:, None], _worse(best)[:, None]]
-    table_of = torch.cat(measures, 1)
-    titles = [name.split(" | ")[0] for name in names]
+    second, worse = _seconds(best, names), _worse(best)
     lines = []
-    for title in dict.fromkeys(titles):
-        of_seeds = [line for line, other in zip(table_of, titles, strict=True) if other == title]
-        cells = torch.stack(of_seeds).mean(0).tolist()
-        lines.append([title, *(f"{100 * cell:.0f}" for cell in cells)])
+    for i, name in enumerate(names):
+        cells = [*shares[i].tolist(), float(shares[i].mean()), float(second[i]), float(worse[i])]
+        lines.append([name, *(f"{100 * cell:.0f}" for cell in cells)])
     head = ["share lost, %", "large rate", "middle", "small", "all"]
     return table([*head, "best or second, %", "worse than constant, %"], lines)
 
