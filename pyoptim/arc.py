@@ -57,7 +57,7 @@ def usual_lr(optimizer: Optimizer) -> float | None:
     groups = [group for group in optimizer.param_groups if float(group["lr"]) > 0.0]
     if usual is None or not groups:
         return usual
-    momentum, dampening = (float(groups[0].get(key, 0.0)) for key in ("momentum", "dampening"))
+    momentum, dampening = (float(groups[0].get(key) or 0.0) for key in ("momentum", "dampening"))
     if not (0.0 <= momentum < 1.0 and dampening < 1.0):
         return None
     return usual * (1.0 - momentum) / (1.0 - dampening if momentum else 1.0)

@@ -1073,11 +1073,12 @@ def test_command_makes_judges_and_ships(tmp_path: Path, monkeypatch, capsys) -> 
     monkeypatch.setattr(choose, "EPOCHS", 2)
     monkeypatch.setattr(cli, "PROXIES", ["wine-mlp"])
     monkeypatch.setattr(cli, "LOOP_RECIPES", ["logistic"])
-    monkeypatch.setattr(cli, "SHIPPED", {"default": "logistic"})
+    monkeypatch.setattr(cli, "SHIPPED", {"default": "logistic", "left out": "logistic"})
     monkeypatch.setattr(choose, "FOLDS", (("tabular",), ("regression",)))
     monkeypatch.setattr(train, "FOLDS", (("tabular",), ("regression",)))
     options = [*("--folder", tmp_path / "data", "--cohorts", 2, "--results", tmp_path / "r.json")]
     options += ["--weights", tmp_path / "weights", "--candidates", "always keep", "logistic"]
+    options += ["--names", "default"]
     assert cli.main(["all", *map(str, options)]) == 0
     printed = capsys.readouterr().out
     assert "| always keep |" in printed
@@ -1085,6 +1086,7 @@ def test_command_makes_judges_and_ships(tmp_path: Path, monkeypatch, capsys) -> 
     digest = printed.split('"default": "')[1][:64]
     shipped = load(tmp_path / "weights" / "arc-default.safetensors", digest)
     assert isinstance(shipped, SummaryNet)
+    assert len(list((tmp_path / "weights").iterdir())) == 1
     rows = json.loads((tmp_path / "r.json").read_text())
     row = rows["points"]["logistic | 0"]
     assert sum(map(sum, row["validation"]["confusion"])) == rows["data"]["all"]["points"] == 40
