@@ -1,7 +1,8 @@
 """What the ARC learning-rate controller sees, and the networks that decide.
 
 A *cycle* is a few epochs at one learning rate. After each, a controller looks at the last one to
-three and says how likely it is that raising, keeping or lowering the rate is best for the next.
+three and says how likely it is that raising, keeping or lowering the rate is best for the next. A
+controller may also see how large that rate is for the optimizer; the paper's sees how it changed.
 
 Source: "To Raise or Not To Raise: The Autonomous Learning Rate Question", section 3. Differs: the
 training loss is resized by linear interpolation before it is standardised, as the authors' own
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 FACTORS = (1.618, 1.0, 0.618)
 """What a decision multiplies the learning rate by: raise, keep, lower."""
@@ -29,6 +31,46 @@ LENGTH = 300
 """Points of a window: 100 per cycle, the newest at the end."""
 
 MAX_CYCLES = 3
+
+USUAL_LRS = {
+    **dict.fromkeys(("Adam", "AdamW", "AdamP", "NAdam", "RAdam", "Adamax", "RMSprop"), 1e-3),
+    **dict.fromkeys(("SGD", "SGDP"), 0.1),
+}
+"""Usual learning rates of optimizers without momentum of their own, by the name of the class."""
+
+
+def usual_lr(optimizer: Optimizer) -> float | None:
+    """A usual learning rate for an optimizer: what controllers compare the actual one with.
+
+    By the class, or the nearest of its bases that `USUAL_LRS` has; times (1 - momentum)/(1 -
+    dampening) of the first group that has a learning rate, so that SGD with momentum 0.9 has 0.01.
+    Wrappers that keep the optimizer in `base_optimizer` (`pyoptim.SAM`) or `optimizer` (accelerate,
+    Lightning) have that of the optimizer inside.
+
+    Returns: None for every other optimizer, line searches among them.
+    """
+    inner = getattr(optimizer, "base_optimizer", None) or getattr(optimizer, "optimizer", None)
+    if isinstance(inner, Optimizer):
+        return usual_lr(inner)
+    names = (cls.__name__ for cls in type(optimizer).__mro__)
+    usual = next((USUAL_LRS[name] for name in names if name in USUAL_LRS), None)
+    groups = [group for group in optimizer.param_groups if float(group["lr"]) > 0.0]
+    if usual is None or not groups:
+        return usual
+    momentum, dampening = (float(groups[0].get(key) or 0.0) for key in ("momentum", "dampening"))
+    if not (0.0 <= momentum < 1.0 and dampening < 1.0):
+        return None
+    return usual * (1.0 - momentum) / (1.0 - dampening if momentum else 1.0)
+
+
+def placed(lrs: Tensor, usual_lrs: Tensor) -> Tensor:
+    """How large learning rates are: [N] and [N], nan where unknown, to [N, 2], float32.
+
+    The decades above the usual one, and 1; 0 and 0 where that is unknown.
+    """
+    decades = (lrs.double() / usual_lrs.double()).log10()
+    known = decades.isfinite()
+    return torch.stack([decades.where(known, 0.0), known.double()], 1).float()
 
 
 def features(
@@ -177,8 +219,13 @@ class Controller(nn.Module):
 
     architecture: str
 
-    def inputs(self, windows: Tensor, cycles: int) -> Tensor:
-        """What the network reads of windows [N, 300, 3] of `cycles` cycles."""
+    def inputs(self, windows: Tensor, cycles: int, places: Tensor | None = None) -> Tensor:
+        """What the network reads of windows [N, 300, 3] of `cycles` cycles.
+
+        Args:
+            places: [N, 2] of `placed`; None where no usual learning rate is known. Networks that do
+                not see the rate leave it out.
+        """
         raise NotImplementedError
 
     def options(self) -> dict[str, Any]:
@@ -191,15 +238,25 @@ class Controller(nn.Module):
         train_losses: Sequence[float] | Tensor,
         val_losses: Sequence[float] | Tensor | None,
         lrs: Sequence[float] | Tensor,
+        usual_lr: float | None = None,
     ) -> tuple[float, float, float]:
         """The probabilities that raising, keeping and lowering the rate is best, in this order.
 
-        Args, Raises: as `features`; `FACTORS` has what each decision multiplies the rate by.
+        Args:
+            usual_lr: a usual learning rate for the optimizer, see the function of this name; None
+                where it is unknown. Without effect on a network that does not see the rate itself.
+
+        Other Args, Raises: as `features`, and ValueError for a usual_lr that is not positive and
+        finite; `FACTORS` has what each decision multiplies the rate by.
         """
         window = features(train_losses, val_losses, lrs)
+        if usual_lr is not None and not 0.0 < usual_lr < math.inf:
+            raise ValueError(f"usual_lr must be positive and finite, or None, got {usual_lr}")
+        usual = torch.tensor([math.nan if usual_lr is None else usual_lr], dtype=torch.float64)
+        place = placed(_series("lrs", lrs)[-1:], usual)
         # The weights' dtype and device are the caller's choice; the answer is small.
         weight = next(self.parameters())
-        logits = self(self.inputs(window[None], len(lrs)).to(weight))
+        logits = self(self.inputs(window[None], len(lrs), place).to(weight))
         up, keep, down = logits[0].double().softmax(0).tolist()
         return up, keep, down
 
@@ -223,7 +280,7 @@ class ConvLSTM(Controller):
         self.lstm = nn.LSTM(64, 64, num_layers=2, batch_first=True)
         self.dense = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
 
-    def inputs(self, windows: Tensor, cycles: int) -> Tensor:
+    def inputs(self, windows: Tensor, cycles: int, places: Tensor | None = None) -> Tensor:
         return windows
 
     def forward(self, windows: Tensor) -> Tensor:
@@ -238,19 +295,22 @@ class SummaryNet(Controller):
     Args:
         hidden: width of the one hidden layer of each member; 0 makes it a logistic model.
         members: networks of the same shape, each [20, hidden] and [hidden, 3].
+        sees_lr: read the two numbers of `placed` too, [22, hidden].
     """
 
     architecture = "summary"
-    INPUTS = 20
+    CURVES = 20
+    """Numbers of `summary`."""
     LIMIT = 5.0
     """Standardised inputs are clamped to this: no curve is further out than those learnt from."""
 
-    def __init__(self, hidden: int, members: int = 1) -> None:
+    def __init__(self, hidden: int, members: int = 1, sees_lr: bool = False) -> None:
         super().__init__()
-        self.hidden, self.members = hidden, members
-        self.mean = nn.Parameter(torch.zeros(self.INPUTS), requires_grad=False)
-        self.scale = nn.Parameter(torch.ones(self.INPUTS), requires_grad=False)
-        sizes = (self.INPUTS, hidden, 3) if hidden else (self.INPUTS, 3)
+        self.hidden, self.members, self.sees_lr = hidden, members, sees_lr
+        n_inputs = self.CURVES + 2 * sees_lr
+        self.mean = nn.Parameter(torch.zeros(n_inputs), requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(n_inputs), requires_grad=False)
+        sizes = (n_inputs, hidden, 3) if hidden else (n_inputs, 3)
         pairs = list(pairwise(sizes))
         self.weights = nn.ParameterList(
             torch.randn(members, a, b) * math.sqrt(1 / a) for a, b in pairs
@@ -258,13 +318,18 @@ class SummaryNet(Controller):
         self.biases = nn.ParameterList(torch.zeros(members, 1, b) for _, b in pairs)
 
     def options(self) -> dict[str, Any]:
-        return {"hidden": self.hidden, "members": self.members}
+        return {"hidden": self.hidden, "members": self.members, "sees_lr": self.sees_lr}
 
-    def inputs(self, windows: Tensor, cycles: int) -> Tensor:
-        return summary(windows, cycles)
+    def inputs(self, windows: Tensor, cycles: int, places: Tensor | None = None) -> Tensor:
+        numbers = summary(windows, cycles)
+        if not self.sees_lr:
+            return numbers
+        return torch.cat(
+            [numbers, windows.new_zeros(len(windows), 2) if places is None else places], 1
+        )
 
     def each(self, numbers: Tensor) -> Tensor:
-        """[N, 20] to the logits of every member, [members, N, 3]."""
+        """[N, 20 or 22] of `inputs` to the logits of every member, [members, N, 3]."""
         scaled = ((numbers - self.mean) / self.scale).clamp(-self.LIMIT, self.LIMIT)
         x = scaled.expand(self.members, *scaled.shape)
         for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
@@ -278,7 +343,7 @@ class SummaryNet(Controller):
 ARCHITECTURES: dict[str, type[Controller]] = {c.architecture: c for c in (ConvLSTM, SummaryNet)}
 
 WEIGHTS: dict[str, str] = {
-    "default": "d17cab1c4c661a0c08e0a44f414e65aee0312bd4c9ed848f35bf0a270f6f44b2",
+    "default": "7a863c3154869064a6876faa76432c92a37b21ce2ced14a6b43a40cdada4e98d",
     "conv-lstm": "d598cb8d09ab98014bd1787ce47cc7f8e097352cda8af683a31b4cf39373fde5",
 }
 """Names that `load` knows, with the SHA-256 of the files in pyoptim/weights."""

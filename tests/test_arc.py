@@ -13,6 +13,7 @@ from processes import in_two_processes
 from torch import nn
 
 import pyoptim
+from pyoptim import arc
 from pyoptim.lr_scheduler import ARC
 
 RAISE, KEEP, LOWER = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
@@ -351,6 +352,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "one margin": ({"margins": 0.3}, "margins must be"),
     "decay": ({"final_decay": 1.0}, "final_decay must be"),
     "bounds": ({"min_lr": 1.0, "max_lr": 0.5}, "min_lr <= max_lr"),
+    "usual_lr": ({"usual_lr": 0.0}, "usual_lr must be"),
+    "usual_lr nan": ({"usual_lr": math.nan}, "usual_lr must be"),
+    "usual_lr word": ({"usual_lr": "often"}, "usual_lr must be"),
     "steps": ({"steps_per_epoch": 0}, "steps_per_epoch must be"),
     "last_epoch": ({"last_epoch": 3}, "last_epoch must be -1"),
     "restore": ({"restore": [3]}, "restore must be"),
@@ -391,6 +395,157 @@ def test_processes_take_the_decision_of_the_first(tmp_path: Path) -> None:
     in_two_processes(_decide, tmp_path)
     found = [torch.load(tmp_path / str(rank)) for rank in range(2)]
     assert found[0] == found[1] == (pytest.approx(0.1 * 1.618**2), None)
+
+
+# --- how large a rate is --------------------------------------------------------------------------
+
+
+def one_weight() -> list[torch.Tensor]:
+    return [torch.zeros(2, requires_grad=True)]
+
+
+class Mine(torch.optim.AdamW):
+    """An optimizer of the user's own on one of torch's."""
+
+
+class Prepared(torch.optim.Optimizer):
+    """As accelerate and Lightning wrap an optimizer."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+
+USUAL: dict[str, tuple[Callable[[], torch.optim.Optimizer], float | None]] = {
+    **{
+        f"{module.__name__}.{name}": (
+            lambda m=module, n=name: getattr(m, n)(one_weight(), lr=3.0),
+            usual,
+        )
+        for module, names in {
+            torch.optim: ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "SGD"),
+            pyoptim: ("Adam", "AdamW", "AdamP", "RMSprop", "SGD", "SGDP"),
+        }.items()
+        for name in names
+        for usual in (0.1 if name in ("SGD", "SGDP") else 1e-3,)
+    },
+    "momentum": (lambda: pyoptim.SGD(one_weight(), lr=3.0, momentum=0.9), 0.01),
+    "torch's momentum": (lambda: torch.optim.SGD(one_weight(), lr=3.0, momentum=0.5), 0.05),
+    "dampened": (lambda: torch.optim.SGD(one_weight(), 0.1, momentum=0.9, dampening=0.9), 0.1),
+    "dampening alone": (lambda: torch.optim.SGD(one_weight(), 0.1, dampening=0.5), 0.1),
+    "RMSprop, momentum": (lambda: pyoptim.RMSprop(one_weight(), momentum=0.9), 1e-4),
+    "no friction": (lambda: torch.optim.SGD(one_weight(), 0.1, momentum=1.0), None),
+    "only dampening": (lambda: torch.optim.SGD(one_weight(), 0.1, 0.9, dampening=1.0), None),
+    "subclass": (lambda: Mine(one_weight()), 1e-3),
+    "SAM": (lambda: pyoptim.SAM(one_weight(), pyoptim.SGD, lr=0.1, momentum=0.9), 0.01),
+    "SAM of Adam": (lambda: pyoptim.SAM(one_weight(), torch.optim.Adam, lr=0.1), 1e-3),
+    "prepared": (lambda: Prepared(pyoptim.SAM(one_weight(), pyoptim.RMSprop, lr=0.1)), 1e-3),
+    "SaLSa": (lambda: pyoptim.SaLSa(one_weight()), None),
+    "Adagrad": (lambda: pyoptim.Adagrad(one_weight()), None),
+    "Expectigrad": (lambda: pyoptim.Expectigrad(one_weight()), None),
+    "Rprop": (lambda: torch.optim.Rprop(one_weight()), None),
+    "groups": (
+        lambda: pyoptim.SGD(
+            [
+                {"params": one_weight(), "lr": 0.0, "momentum": 0.5},
+                {"params": one_weight(), "lr": torch.tensor(0.1), "momentum": 0.9},
+                {"params": one_weight(), "lr": 0.1},
+            ]
+        ),
+        0.01,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", USUAL)
+def test_the_usual_rate_is_that_of_the_optimizer(name: str) -> None:
+    make, expected = USUAL[name]
+    usual = arc.usual_lr(make())
+    assert usual == (None if expected is None else pytest.approx(expected, rel=1e-12))
+
+
+class Spy(arc.SummaryNet):
+    """Remembers the rates that it was told."""
+
+    def __init__(self) -> None:
+        super().__init__(0, sees_lr=True)
+        self.told: list[tuple[float, float | None]] = []
+
+    def probabilities(self, train: Any, val: Any, lrs: Any, usual_lr: Any = None) -> Any:
+        self.told.append((lrs[-1], usual_lr))
+        return super().probabilities(train, val, lrs, usual_lr)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [({}, 0.01), ({"usual_lr": None}, None), ({"usual_lr": 3.0}, 3.0)]
+)
+def test_a_network_is_told_the_usual_rate(options: dict[str, Any], expected: float | None) -> None:
+    spy = Spy()
+    optimizer = pyoptim.SGD(
+        [{"params": one_weight(), "lr": 0.0}, {"params": one_weight(), "lr": 0.2}], momentum=0.9
+    )
+    run(ARC(optimizer, 1, weights=spy, **options), 1)
+    assert spy.told == [(0.2, None if expected is None else pytest.approx(expected))]
+
+
+def noisy(i: int) -> float:
+    return 1.0 + 0.1 * math.sin(7 * i) - 0.001 * i
+
+
+def answers(optimizer: torch.optim.Optimizer, **options: Any) -> torch.Tensor:
+    """The probabilities of four decisions on a noisy curve, [4, 3]."""
+    scheduler = ARC(optimizer, 2, margins=(0.9, 0.9), **options)
+    for epoch in range(8):
+        for i in range(10 * epoch, 10 * epoch + 10):
+            scheduler.record(noisy(i))
+        scheduler.step(noisy(10 * epoch))
+    return torch.tensor([decision.probabilities for decision in scheduler.decisions])
+
+
+def test_an_unknown_optimizer_is_judged_by_changes_alone() -> None:
+    for unknown in (
+        lambda lr: answers(pyoptim.Adagrad(one_weight(), lr=lr)),
+        lambda lr: answers(pyoptim.SGD(one_weight(), lr=lr), usual_lr=None),
+    ):
+        assert torch.equal(unknown(1e-3), unknown(1e3))
+
+
+def test_the_same_place_gives_the_same_answer_and_another_another() -> None:
+    adam = answers(pyoptim.Adam(one_weight(), lr=0.01))
+    torch.testing.assert_close(answers(torch.optim.SGD(one_weight(), lr=1.0)), adam)
+    lean = adam[:, 0] - adam[:, 2]
+    for lr, sign in ((1e-5, 1), (0.3, -1)):
+        other = answers(pyoptim.Adam(one_weight(), lr=lr))
+        assert (sign * (other[:, 0] - other[:, 2] - lean) > 0).all()
+
+
+def test_the_default_decides_without_validation_and_survives_what_is_not_finite() -> None:
+    scheduler = ARC(pyoptim.Adam(one_weight(), lr=10.0), 1)
+    for value in (1.0, 2.0, math.nan, 2.5):
+        for _ in range(5):
+            scheduler.record(value)
+        scheduler.step()
+    assert [d.guard for d in scheduler.decisions] == [None, None, "not finite", None]
+    assert lr_of(scheduler) < 10.0
+    for decision in scheduler.decisions[:2]:
+        assert all(math.isfinite(p) for p in decision.probabilities or (math.nan,))
+
+
+def test_a_state_of_an_earlier_version_loads() -> None:
+    decision = {"epoch": 1, "action": "raise", "probabilities": RAISE, "guard": None}
+    state = {
+        "last_epoch": 1,
+        "n_calls": 1,
+        "step_count": 2,
+        "base_lrs": [0.1],
+        "cycles": [{"train": [1.0, 0.5], "val": [1.0], "lr": 0.1}],
+        "cycle": {"train": [], "val": [], "lr": 0.0},
+        "first_mean": 0.75,
+        "decisions": [decision | {"restored": False, "factor": 1.618, "lrs": [0.1618]}],
+    }
+    scheduler = ARC(sgd(0.1618), 1)
+    scheduler.load_state_dict(state)
+    run(scheduler, 1)
+    assert [d.epoch for d in scheduler.decisions] == [1, 2]
 
 
 @pytest.mark.parametrize("weights", ["default", "conv-lstm"])

@@ -223,10 +223,11 @@ CONTROLLERS: list[Callable[[], arc.Controller]] = [
     ConvLSTM,
     lambda: SummaryNet(0),
     lambda: SummaryNet(16, 3),
+    lambda: SummaryNet(16, 3, sees_lr=True),
 ]
 
 
-@pytest.mark.parametrize("make", CONTROLLERS, ids=["conv_lstm", "logistic", "perceptrons"])
+@pytest.mark.parametrize("make", CONTROLLERS, ids=["conv_lstm", "logistic", "perceptrons", "rate"])
 def test_saved_controller_decides_the_same(make: Callable[[], arc.Controller], tmp_path) -> None:
     torch.manual_seed(1)
     controller = make().eval()
@@ -235,9 +236,45 @@ def test_saved_controller_decides_the_same(make: Callable[[], arc.Controller], t
     case = ([3.0, 1, 2, 0.5], [1.0, 0.5], [0.1, 0.2])
     decided = controller.probabilities(*case)
     assert again.probabilities(*case) == decided
+    sees = getattr(controller, "sees_lr", False)
+    placed = controller.probabilities(*case, usual_lr=1e-3)
+    assert again.probabilities(*case, usual_lr=1e-3) == placed
+    assert (placed != decided) == sees
     assert sum(decided) == pytest.approx(1, abs=1e-6)
     assert len(set(decided)) == 3
     assert save(again, tmp_path / "b.safetensors") == digest
+
+
+def test_a_rate_counts_from_the_usual_one_and_not_at_all_without() -> None:
+    lrs = torch.tensor([1e-3, 0.5, 1e-3, 1e-3])
+    usual = torch.tensor([1e-2, 5e-3, math.nan, 0.0])
+    expected = torch.tensor([[-1.0, 1], [2, 1], [0, 0], [0, 0]])
+    torch.testing.assert_close(arc.placed(lrs, usual), expected)
+    torch.manual_seed(0)
+    controller, curve = SummaryNet(8, 2, sees_lr=True), [3.0, 1, 2, 0.5]
+    unknown = [controller.probabilities(curve, None, [lr]) for lr in (1e-5, 1e5)]
+    assert unknown[0] == unknown[1]
+    scaled = [controller.probabilities(curve, None, [lr], lr / 20) for lr in (1e-5, 1e5)]
+    assert scaled[0] == pytest.approx(scaled[1])
+    assert scaled[0] != pytest.approx(unknown[0])
+    for bad in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="usual_lr must be"):
+            controller.probabilities(curve, None, [0.1], bad)
+
+
+def test_a_weight_file_of_an_earlier_version_loads(tmp_path: Path) -> None:
+    class Earlier(SummaryNet):
+        def options(self) -> dict:
+            return {"hidden": self.hidden, "members": self.members}
+
+    save(Earlier(4, 2), tmp_path / "a.safetensors")
+    again = load(tmp_path / "a.safetensors")
+    assert isinstance(again, SummaryNet)
+    assert not again.sees_lr
+    # One whose sizes do not fit what it says is refused.
+    save(Earlier(4, 2, sees_lr=True), tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="not a weight file of a controller"):
+        load(tmp_path / "b.safetensors")
 
 
 def test_damaged_weight_file_is_refused(tmp_path: Path) -> None:
@@ -604,6 +641,9 @@ def test_inputs_of_mixed_cycles_stay_in_order() -> None:
     read = train.inputs(SummaryNet(0), windows, cycles)
     alone = [summary(w[None], int(c)) for w, c in zip(windows, cycles, strict=True)]
     torch.testing.assert_close(read, torch.cat(alone))
+    places = torch.randn(len(windows), 2)
+    with_places = train.inputs(SummaryNet(0, sees_lr=True), windows, cycles, places)
+    torch.testing.assert_close(with_places, torch.cat([read, places], 1))
 
 
 QUICK = train.Fit(epochs=8, batch=64, lr=1e-2)
@@ -619,6 +659,35 @@ def test_summary_net_learns_curves_of_held_out_families(hidden: int) -> None:
     taken = train.cross_validate(some, learn, seed=0)
     for decisions in taken.values():
         assert train.score(some, decisions).accuracy > 0.9
+
+
+def test_a_network_that_sees_the_rate_uses_it_and_can_do_without() -> None:
+    """Curves that say half of what is best; how far the rate is above the usual one the rest."""
+    some = made_points()
+    large = some.runs % 2 == 0
+    names = np.array(["adam", "momentum"] * 200)
+    usual = torch.tensor([generate.usual_lr(name) for name in names])
+    assert usual[:2].tolist() == pytest.approx([1e-3, 1e-2])
+    lrs = torch.where(large, 1000 * usual, 30 * usual)
+    torch.testing.assert_close(
+        train.places(dataclasses.replace(some, lrs=lrs, optimizers=names)),
+        torch.stack([torch.where(large, 3, math.log10(30)), torch.ones(400)], 1),
+        check_dtype=False,
+    )
+    flat = some.labels == points.KEEP
+    labels = torch.where(flat & large, points.LOWER, some.labels)
+    some = dataclasses.replace(
+        some, lrs=lrs, optimizers=names, labels=labels, losses=1.0 - F.one_hot(labels, 3).double()
+    )
+    controller = train.Recipe(QUICK, 8, 2, sees_lr=True).controller(some, seed=0)
+    assert train.score(some, train.decide(controller, some)).accuracy > 0.9
+    hidden = train.score(some, train.decide(controller, some, with_rate=False))
+    assert 0.75 < hidden.accuracy < 0.88
+    # Without the rate it is unsure of a flat curve.
+    with torch.no_grad():
+        read = train.inputs(controller, some.windows[flat], some.cycles[flat])
+        keep = controller(read).softmax(1)[:, points.KEEP]
+    assert 0.4 < keep.mean() < 0.6
 
 
 @pytest.mark.parametrize("fit", [QUICK, dataclasses.replace(QUICK, pairwise=True)])
@@ -697,13 +766,28 @@ def test_a_controlled_training_is_that_of_the_scheduler() -> None:
         seen.append(window)
         return (1.0, 0.0, 0.0) if len(seen) < 5 else (0.0, 1.0, 0.0)
 
-    policy = schedules.controlled(judge, final_decay=0.5)(0.1, 20)
+    policy = schedules.controlled(judge, "sgd", final_decay=0.5)(0.1, 20)
     rates = [0.1] + [policy.next_rate([10.5 - i, 10.25 - i], 10 - i) for i in range(11)]
     peak = 0.1 * 1.618**4
     raised = [0.1 * 1.618**n for n in range(5) for _ in range(2)]
     assert rates == pytest.approx([*raised, peak * 10 / 11, peak * 9 / 11])
     train_losses = [10.5, 10.25, 9.5, 9.25, 8.5, 8.25, 7.5, 7.25]
     assert seen[1] == (train_losses, [10, 9, 8, 7], rates[:4:2])
+
+
+@pytest.mark.parametrize("name", generate.OPTIMIZERS)
+def test_a_controlled_training_has_the_usual_rate_of_its_optimizer(name: str) -> None:
+    told: list[float | None] = []
+
+    class Spy(SummaryNet):
+        def probabilities(self, train_losses, val_losses, lrs, usual_lr=None):
+            told.append(usual_lr)
+            return (0.0, 1.0, 0.0)
+
+    policy = schedules.controlled(Spy(0), name)(0.1, 10)
+    policy.next_rate([1.0], 1.0)
+    expected = {"adam": 1e-3, "rmsprop": 1e-3, "sgd": 0.1, "momentum": 0.01}[name]
+    assert told == [pytest.approx(expected)]
 
 
 def test_policies_start_alike_and_differ_by_their_rates_alone() -> None:
@@ -793,30 +877,43 @@ def test_rules_are_judged_on_families_that_the_controller_has_not_seen(
 ) -> None:
     monkeypatch.setattr(choose, "EPOCHS", 10)
     monkeypatch.setattr(choose, "RULE_STEPS", 2)
-    monkeypatch.setattr(choose, "RULE_DRAWS", 1)
+    monkeypatch.setattr(choose, "RULE_DRAWS", 2)
     monkeypatch.setattr(
-        results, "RULES", {"bold": {"margins": None}, "never": {"margins": (0.999, 0.999)}}
+        results,
+        "RULES",
+        {
+            "bold": choose.Rule({"margins": None}),
+            "never": choose.Rule({"margins": (0.999, 0.999)}, "other"),
+        },
     )
-    asked: list[int] = []
+    asked: list[tuple[str, int, int]] = []
 
     class Raises(SummaryNet):
+        def __init__(self, recipe: str, seed: int, members: int) -> None:
+            super().__init__(0, members)
+            self.of = (recipe, seed, members)
+
         def probabilities(self, *window) -> tuple[float, float, float]:
-            asked.append(self.members)
+            asked.append(self.of)
             return (0.9, 0.05, 0.05)
 
-    folds = [Raises(0, members) for members in (1, 2, 3, 4)]
-    monkeypatch.setattr(results, "fold_controllers", lambda *_: folds)
+    def folds(some: points.Points, recipe: str, seed: int, folder: Path) -> list[Raises]:
+        return [Raises(recipe, seed, members) for members in (1, 2, 3, 4)]
+
+    monkeypatch.setattr(results, "fold_controllers", folds)
     kept = results.Results(tmp_path / "r.json")
-    results.judge_rules(made_points(200), "any", ["wine-mlp"], tmp_path, kept)
+    results.judge_rules(made_points(200), "any", ["wine-mlp"], 2, tmp_path, kept)
     counts = [row[2] + row[5] for row in kept.sections["leans"]["all"]["rows"]]
     assert sum(counts) == 200
-    assert set(asked) == {1 + next(i for i, f in enumerate(train.FOLDS) if "tabular" in f)}
-    (row,) = kept.sections["rules"].values()
+    fold = 1 + next(i for i, f in enumerate(train.FOLDS) if "tabular" in f)
+    assert set(asked) == {(name, seed, fold) for name in ("any", "other") for seed in (0, 1)}
+    row, other = kept.sections["rules"].values()
+    assert row["optimizer"] != other["optimizer"]
     best = row["best"]
     assert list(best) == [*schedules.RIVALS, "bold", "never"]
     assert best["bold"] != best["constant"]
     assert "| never |" in results.markdown(kept)
-    assert "1/1 wine-mlp, adam" in capsys.readouterr().out
+    assert "1/2 wine-mlp, adam" in capsys.readouterr().out
 
 
 def test_rules_table_counts_places_and_losses() -> None:
@@ -976,11 +1073,12 @@ def test_command_makes_judges_and_ships(tmp_path: Path, monkeypatch, capsys) -> 
     monkeypatch.setattr(choose, "EPOCHS", 2)
     monkeypatch.setattr(cli, "PROXIES", ["wine-mlp"])
     monkeypatch.setattr(cli, "LOOP_RECIPES", ["logistic"])
-    monkeypatch.setattr(cli, "SHIPPED", {"default": "logistic"})
+    monkeypatch.setattr(cli, "SHIPPED", {"default": "logistic", "left out": "logistic"})
     monkeypatch.setattr(choose, "FOLDS", (("tabular",), ("regression",)))
     monkeypatch.setattr(train, "FOLDS", (("tabular",), ("regression",)))
     options = [*("--folder", tmp_path / "data", "--cohorts", 2, "--results", tmp_path / "r.json")]
     options += ["--weights", tmp_path / "weights", "--candidates", "always keep", "logistic"]
+    options += ["--names", "default"]
     assert cli.main(["all", *map(str, options)]) == 0
     printed = capsys.readouterr().out
     assert "| always keep |" in printed
@@ -988,6 +1086,7 @@ def test_command_makes_judges_and_ships(tmp_path: Path, monkeypatch, capsys) -> 
     digest = printed.split('"default": "')[1][:64]
     shipped = load(tmp_path / "weights" / "arc-default.safetensors", digest)
     assert isinstance(shipped, SummaryNet)
+    assert len(list((tmp_path / "weights").iterdir())) == 1
     rows = json.loads((tmp_path / "r.json").read_text())
     row = rows["points"]["logistic | 0"]
     assert sum(map(sum, row["validation"]["confusion"])) == rows["data"]["all"]["points"] == 40

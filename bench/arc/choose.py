@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from .train import FOLDS, RECIPES
 
 EPOCHS = 28
 SEEDS = 3
-RULE_STEPS = 40
+RULE_STEPS = 20
 # Per optimizer: far too small, usual, at the edge.
 START_RATES = {
     "adam": (3e-5, 1e-3, 3e-2),
@@ -42,16 +42,28 @@ RULE_RATES = {
     "momentum": (0.1, 0.01, 1e-3),
 }
 RULE_DRAWS = 2
-# What the scheduler does with the answers of the network: options of `pyoptim.lr_scheduler.ARC`.
 PAPER_RULE: dict[str, Any] = {"margins": None, "final_decay": 0.0}
-RULES: dict[str, dict[str, Any]] = {
-    "the paper's": PAPER_RULE,
-    "final decay": {"margins": None},
-    "margins 0.3, 0.1": {"margins": (0.3, 0.1), "final_decay": 0.0},
-    "margins 0.4, 0.4, final decay": {"margins": (0.4, 0.4)},
-    "margins 0.3, 0.3, final decay": {"margins": (0.3, 0.3)},
-    "margins 0.3, 0.1, final decay": {"margins": (0.3, 0.1)},
-    "margins 0.3, 0, final decay": {"margins": (0.3, 0.0)},
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the scheduler does with the answers of a network.
+
+    Args:
+        options: of `pyoptim.lr_scheduler.ARC`.
+        recipe: of the network; None is the one that ships.
+    """
+
+    options: Mapping[str, Any]
+    recipe: str | None = None
+
+
+FORMER = "perceptrons, half soft"  # sees how the rate changed, not the rate
+RULES = {
+    "the paper's": Rule(PAPER_RULE),
+    "margins 0.4, 0.4, final decay": Rule({"margins": (0.4, 0.4)}),
+    "the same, optimizer unknown": Rule({"margins": (0.4, 0.4), "usual_lr": None}),
+    "the same, a network that does not see the rate": Rule({"margins": (0.4, 0.4)}, FORMER),
 }
 
 
@@ -118,18 +130,30 @@ def closed_loop(cohort: Cohort, controllers: Mapping[str, list[Controller]]) -> 
     return _outcome(
         cohort,
         {
-            name: controlled(by_fold[fold].probabilities, interval=3, **PAPER_RULE)
+            name: controlled(by_fold[fold], cohort.optimizer, interval=3, **PAPER_RULE)
             for name, by_fold in controllers.items()
         },
     )
 
 
 def under_rules(
-    cohort: Cohort, controllers: Sequence[Controller], rules: Mapping[str, Mapping[str, Any]]
+    cohort: Cohort,
+    rules: Mapping[str, Rule],
+    controllers: Mapping[str | None, Sequence[Controller]],
 ) -> Outcome:
-    """The task of a cohort under the rivals and one controller, whose answers each rule follows."""
-    judge = controllers[_fold_of(cohort)].probabilities
-    return _outcome(cohort, {name: controlled(judge, **rule) for name, rule in rules.items()})
+    """The task of a cohort under the rivals, and under every rule.
+
+    Args:
+        controllers: of the recipe of each rule, by fold.
+    """
+    fold = _fold_of(cohort)
+    return _outcome(
+        cohort,
+        {
+            name: controlled(controllers[rule.recipe][fold], cohort.optimizer, **rule.options)
+            for name, rule in rules.items()
+        },
+    )
 
 
 def _fold_of(cohort: Cohort) -> int:

@@ -25,7 +25,7 @@ LOOP_RECIPES = [
     "perceptrons, half soft, caution 1",
 ]
 # Name of the weights to their recipe: the outcome of `judge`, see docs/arc-model-card.md.
-SHIPPED = {"default": "perceptrons, half soft", "conv-lstm": "conv-lstm"}
+SHIPPED = {"default": "perceptrons, half soft, rate", "conv-lstm": "conv-lstm"}
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -45,14 +45,15 @@ def _judge(options: argparse.Namespace) -> None:
 def _rules(options: argparse.Namespace) -> None:
     points, kept = load_points(options.folder), results.Results(options.results)
     recipe = SHIPPED["default"]
-    results.judge_rules(points, recipe, PROXIES, options.folder / "folds", kept)
+    results.judge_rules(points, recipe, PROXIES, options.seeds, options.folder / "folds", kept)
     print(results.markdown(kept))
 
 
 def _ship(options: argparse.Namespace) -> None:
     points = load_points(options.folder)
     note = f"{len(points)} points of {len(TASKS)} tasks"
-    for name, digest in results.ship(points, SHIPPED, options.weights, note).items():
+    chosen = {name: SHIPPED[name] for name in options.names}
+    for name, digest in results.ship(points, chosen, options.weights, note).items():
         print(f'"{name}": "{digest}",')
 
 
@@ -86,6 +87,9 @@ def parser() -> argparse.ArgumentParser:
         "--candidates", nargs="+", metavar="NAME", default=list(CANDIDATES), choices=CANDIDATES
     )
     data.add_argument("--weights", type=Path, default=Path("weights"), help="where weights go")
+    data.add_argument(
+        "--names", nargs="+", default=list(SHIPPED), choices=SHIPPED, help="weights to ship"
+    )
     steps = {
         "generate": (_generate, "train and branch; continues where it was stopped"),
         "judge": (_judge, "train controllers, judge them on families that they have not seen"),

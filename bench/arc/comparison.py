@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,29 +49,33 @@ COLORS = {
 }
 
 
-def policies(names: Sequence[str]) -> dict[str, MakePolicy | MakeTrainer]:
-    """What is compared, by name: schedules, "arc" and "arc NAME" of each network, rivals.
+def policies(
+    names: Sequence[str], optimizer: str, others: Mapping[str, MakeTrainer]
+) -> dict[str, MakePolicy | MakeTrainer]:
+    """What is compared, by name: schedules, "arc" and "arc NAME" of each network, `others`.
 
     Args:
         names: of `pyoptim.arc.WEIGHTS`.
+        optimizer: of the task, one of `generate.OPTIMIZERS`.
     """
     arcs = {
-        "arc" if name == "default" else f"arc {name}": controlled(arc.load(name).probabilities)
+        "arc" if name == "default" else f"arc {name}": controlled(arc.load(name), optimizer)
         for name in names
     }
-    found = {**RIVALS, **arcs, **rivals.available()}
+    found = {**RIVALS, **arcs, **others}
     # A comparison that is cut short then has the paper's part.
     return dict(sorted(found.items(), key=lambda item: item[0] not in PAPER))
 
 
 def run(tasks: Sequence[str], weights: Sequence[str], results: Results, seeds: int = SEEDS) -> None:
     """Every task under every policy that is not in `results` yet; rows are written one by one."""
-    chosen = policies(weights)
-    pairs = [(task, name) for name in chosen for task in tasks]
+    others = rivals.available()
+    chosen = {task: policies(weights, UNSEEN[task].optimizer, others) for task in tasks}
+    pairs = [(task, name) for name in next(iter(chosen.values())) for task in tasks]
     for number, (task, name) in enumerate(pairs, 1):
         print(f"{number}/{len(pairs)} {task}, {name}", flush=True)
         results.once(
-            SECTION, f"{task} | {name}", lambda t=task, n=name: _row(t, n, chosen[n], seeds)
+            SECTION, f"{task} | {name}", lambda t=task, n=name: _row(t, n, chosen[t][n], seeds)
         )
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import pyoptim
+from pyoptim import arc
 
 from .layers import Replicas, create
 from .tasks import TASKS, Batch, Problem
@@ -42,6 +43,14 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, float]]] = {
     "sgd": (pyoptim.SGD, {}),
     "momentum": (pyoptim.SGD, {"momentum": 0.9}),
 }
+
+
+def usual_lr(optimizer: str) -> float:
+    """Of one of `OPTIMIZERS`, as `pyoptim.arc.usual_lr` finds it."""
+    cls, options = OPTIMIZERS[optimizer]
+    found = arc.usual_lr(cls([torch.zeros(1)], lr=1.0, **options))
+    assert found is not None
+    return found
 
 
 @dataclass(frozen=True)

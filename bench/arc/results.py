@@ -34,6 +34,8 @@ from .tasks import TASKS
 from .train import BASELINES, RECIPES, Train, cross_validate, decide, leans, regrets, score
 
 Row = dict[str, Any]
+# Added to the name of a network that sees the rate, where it is judged as if it did not.
+NO_RATE = ", not shown"
 LEANS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 
 
@@ -77,21 +79,32 @@ def judge_on_points(
 
 def _point_row(points: Points, name: str, seed: int, folds: Path) -> Row:
     row: Row = {"name": name, "seed": seed, "points": len(points)}
-    if name in RECIPES:
-        controllers = iter(fold_controllers(points, name, seed, folds))
-        train: Train = lambda _, __: partial(decide, next(controllers))  # noqa: E731
-    else:
-        train = BASELINES[name]
+    if name not in RECIPES:
+        return row | _scores(points, BASELINES[name], seed)
+    controllers = fold_controllers(points, name, seed, folds)
+    for with_rate in (True, False) if RECIPES[name].sees_lr else (True,):
+        folds_left = iter(controllers)
+        train: Train = lambda _, __, r=with_rate, left=folds_left: partial(  # noqa: E731
+            decide, next(left), with_rate=r
+        )
+        scores = _scores(points, train, seed)
+        row |= scores if with_rate else {f"{kind}{NO_RATE}": s for kind, s in scores.items()}
+    return row
+
+
+def _scores(points: Points, train: Train, seed: int) -> Row:
+    """By "validation" and "no validation"."""
+    found: Row = {}
     for valid, taken in cross_validate(points, train, seed).items():
         result = score(points.select(taken >= 0), taken[taken >= 0])
-        row["validation" if valid else "no validation"] = {
+        found["validation" if valid else "no validation"] = {
             "accuracy": result.accuracy,
             "weighted accuracy": result.weighted_accuracy,
             "opposite": result.opposite,
             "regret": result.regret,
             "confusion": result.confusion.int().tolist(),
         }
-    return row
+    return found
 
 
 def judge_in_closed_loop(
@@ -117,16 +130,26 @@ def _loop_row(cohort: Cohort, controllers: Mapping[str, list[arc.Controller]]) -
 
 
 def judge_rules(
-    points: Points, recipe: str, tasks: Sequence[str], folds: Path, results: Results
+    points: Points, recipe: str, tasks: Sequence[str], seeds: int, folds: Path, results: Results
 ) -> None:
-    """Whole trainings of held-out families under every rule of `choose.RULES`."""
-    controllers = fold_controllers(points, recipe, 0, folds)
-    results.once("leans", "all", lambda: _lean_row(points, controllers))
+    """Whole trainings of held-out families under every rule of `choose.RULES`.
+
+    The networks are those of `seeds` trainings of the rule's recipe, by default `recipe`, which
+    take turns over the tasks.
+    """
+    wanted = dict.fromkeys([None, *(rule.recipe for rule in RULES.values())])
+    controllers = [
+        {name: fold_controllers(points, name or recipe, seed, folds) for name in wanted}
+        for seed in range(seeds)
+    ]
+    results.once("leans", "all", lambda: _lean_row(points, controllers[0][None]))
     cohorts = rule_cohorts(tasks)
     for number, cohort in enumerate(cohorts, 1):
         print(f"{number}/{len(cohorts)} {cohort.task}, {cohort.optimizer}", flush=True)
         results.once(
-            "rules", f"{cohort.task} {cohort.index}", lambda c=cohort: _rule_row(c, controllers)
+            "rules",
+            f"{cohort.task} {cohort.index}",
+            lambda c=cohort, s=number % seeds: _rule_row(c, controllers[s]),
         )
 
 
@@ -144,8 +167,8 @@ def _lean_row(points: Points, controllers: Sequence[arc.Controller]) -> Row:
     return {"rows": rows}
 
 
-def _rule_row(cohort: Cohort, controllers: Sequence[arc.Controller]) -> Row:
-    best = best_so_far(under_rules(cohort, controllers, RULES).metric, higher_is_better=False)
+def _rule_row(cohort: Cohort, controllers: Mapping[str | None, Sequence[arc.Controller]]) -> Row:
+    best = best_so_far(under_rules(cohort, RULES, controllers).metric, higher_is_better=False)
     names = [*RIVALS, *RULES]
     return {
         "optimizer": cohort.optimizer,
@@ -212,11 +235,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _points_table(rows: list[tuple[str, Row]]) -> str:
-    names = dict.fromkeys(row["name"] for _, row in rows)
+    names = dict.fromkeys(
+        (row["name"], part)
+        for _, row in rows
+        for part in ("", NO_RATE)
+        if f"validation{part}" in row
+    )
     lines = []
-    for name in names:
-        line = [name]
-        for kind in ("validation", "no validation"):
+    for name, part in names:
+        line = [f"{name}{part}"]
+        for kind in (f"validation{part}", f"no validation{part}"):
             scores = [row[kind] for _, row in rows if row["name"] == name]
             line += [
                 f"{100 * statistics.mean(s[measure] for s in scores):.1f}"

@@ -11,7 +11,10 @@ from typing import Any, Protocol
 
 import torch
 
+from pyoptim.arc import Controller
 from pyoptim.lr_scheduler.arc import ARC, Judge
+
+from .generate import OPTIMIZERS
 
 
 class Policy(Protocol):
@@ -61,10 +64,16 @@ class Plateau:
 
 
 class Controlled:
-    """`pyoptim.lr_scheduler.ARC`, told the length of the training; `options` are its own."""
+    """`pyoptim.lr_scheduler.ARC`, told the length of the training; `options` are its own.
 
-    def __init__(self, judge: Judge, rate: float, epochs: int, **options: Any) -> None:
-        self.optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate)
+    It finds an optimizer of the kind that trains, one of `generate.OPTIMIZERS`.
+    """
+
+    def __init__(
+        self, judge: Controller | Judge, optimizer: str, rate: float, epochs: int, **options: Any
+    ) -> None:
+        cls, own = OPTIMIZERS[optimizer]
+        self.optimizer = cls([torch.zeros(1)], lr=rate, **own)
         self.scheduler = ARC(self.optimizer, epochs=epochs, weights=judge, **options)
 
     def next_rate(self, train_losses: Sequence[float], val_loss: float) -> float:
@@ -82,9 +91,9 @@ def exponential(rate: float, epochs: int) -> Policy:
     return Exponential(rate, 0.9)
 
 
-def controlled(judge: Judge, **options: Any) -> MakePolicy:
-    """ARC with some network's probabilities; `options` are those of the scheduler."""
-    return lambda rate, epochs: Controlled(judge, rate, epochs, **options)
+def controlled(judge: Controller | Judge, optimizer: str, **options: Any) -> MakePolicy:
+    """ARC with some network, for one of `generate.OPTIMIZERS`; `options` are the scheduler's."""
+    return lambda rate, epochs: Controlled(judge, optimizer, rate, epochs, **options)
 
 
 RIVALS: dict[str, MakePolicy] = {

@@ -13,12 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pyoptim
-from pyoptim.arc import Controller, ConvLSTM, SummaryNet
+from pyoptim.arc import Controller, ConvLSTM, SummaryNet, placed
 
+from .generate import usual_lr
 from .points import KEEP, LOWER, RAISE, Points
 
 # Rows are predicted, columns actual: raise, keep, lower. Table 2 of the paper, absolute values.
 REWARDS = torch.tensor([[3.0, 1.0, 3.0], [1.0, 1.0, 1.0], [3.0, 1.0, 3.0]])
+
+# Share of the points of a batch whose rate is not shown, as for an optimizer that is not known.
+UNKNOWN = 0.5
 
 # Whole families are held out together, so that no fold's tasks share data, shape or loss.
 FOLDS = (
@@ -81,10 +85,21 @@ def blanked(windows: Tensor) -> Tensor:
     return windows * windows.new_tensor([1, 0, 1])
 
 
-def inputs(controller: Controller, windows: Tensor, cycles: Tensor) -> Tensor:
+def places(points: Points) -> Tensor:
+    """How large the rates are for their optimizers, [points, 2] of `pyoptim.arc.placed`."""
+    usual = {name: usual_lr(name) for name in np.unique(points.optimizers)}
+    return placed(points.lrs, torch.tensor([usual[name] for name in points.optimizers]))
+
+
+def inputs(
+    controller: Controller, windows: Tensor, cycles: Tensor, places: Tensor | None = None
+) -> Tensor:
     """What the controller reads of windows of any number of cycles, [points, ...]."""
     parts = [(cycles == c).nonzero().flatten() for c in (1, 2, 3)]
-    read = [controller.inputs(windows[where], c) for c, where in enumerate(parts, 1)]
+    read = [
+        controller.inputs(windows[where], c, None if places is None else places[where])
+        for c, where in enumerate(parts, 1)
+    ]
     return torch.cat(read)[torch.cat(parts).argsort()]
 
 
@@ -105,25 +120,33 @@ class Fit:
     weight_decay: float = 1e-3
 
 
-def fit_summary(points: Points, hidden: int, members: int, fit: Fit, seed: int) -> SummaryNet:
+def fit_summary(
+    points: Points, hidden: int, members: int, fit: Fit, seed: int, sees_lr: bool = False
+) -> SummaryNet:
     """Trains a `SummaryNet` on points with and without their validation loss.
 
-    Every member sees its own draw of the runs (a bootstrap), so that they differ.
+    Every member sees its own draw of the runs (a bootstrap), so that they differ. How large the
+    rate is is blanked for half of each batch, so that the network can do without.
     """
     rng = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    net = SummaryNet(hidden, members)
-    both = [inputs(net, w, points.cycles) for w in (points.windows, blanked(points.windows))]
+    net = SummaryNet(hidden, members, sees_lr)
+    place = places(points) if sees_lr else None
+    both = [inputs(net, w, points.cycles, place) for w in (points.windows, blanked(points.windows))]
     numbers, wanted = torch.cat(both), targets(points, fit.soft).repeat(2, 1)
-    net.mean.copy_(numbers.mean(0))
-    net.scale.copy_(numbers.std(0).clamp_min(1e-3))
+    curves = slice(SummaryNet.CURVES)  # decades are of order 1, and 0 where they are unknown
+    net.mean[curves].copy_(numbers[:, curves].mean(0))
+    net.scale[curves].copy_(numbers[:, curves].std(0).clamp_min(1e-3))
     shares = torch.ones(members, int(points.runs.max()) + 1)
     if members > 1:
         shares = torch.poisson(shares, generator=rng)
     weights = shares[:, points.runs].repeat(1, 2)
 
     def loss(rows: Tensor) -> Tensor:
-        each = -(wanted[rows] * net.each(numbers[rows]).log_softmax(2)).sum(2)
+        read = numbers[rows]
+        if sees_lr:
+            read[torch.rand(len(rows), generator=rng) < UNKNOWN, SummaryNet.CURVES :] = 0
+        each = -(wanted[rows] * net.each(read).log_softmax(2)).sum(2)
         return (each * weights[:, rows]).mean(1).sum()
 
     _minimize(net, loss, len(numbers), fit, rng)
@@ -180,10 +203,12 @@ def _minimize(
 
 
 @torch.no_grad()
-def decide(controller: Controller, points: Points, with_validation: bool = True) -> Tensor:
+def decide(
+    controller: Controller, points: Points, with_validation: bool = True, with_rate: bool = True
+) -> Tensor:
     """The branch that the controller takes at each point, [points]."""
     windows = points.windows if with_validation else blanked(points.windows)
-    read = inputs(controller, windows, points.cycles)
+    read = inputs(controller, windows, points.cycles, places(points) if with_rate else None)
     return torch.cat([controller(part).argmax(1) for part in read.split(1024)])
 
 
@@ -193,7 +218,7 @@ def leans(points: Points, controllers: Sequence[Controller]) -> Tensor:
     lean = torch.zeros(len(points))
     for held, controller in zip(held_out(points), controllers, strict=True):
         part = points.select(held)
-        read = inputs(controller, part.windows, part.cycles)
+        read = inputs(controller, part.windows, part.cycles, places(part))
         up, _, down = controller(read).softmax(1).unbind(1)
         lean[held] = (up - down).float()
     return lean
@@ -215,6 +240,7 @@ class Recipe:
     """A controller to be trained: the paper's network, or a `SummaryNet` of some width.
 
     Args:
+        sees_lr: a `SummaryNet` that sees how large the rate is.
         caution: taken off the logit of "raise" once it is trained. The data is full of rates that
             are far too small, and a wrong raise costs more than a wrong keep.
     """
@@ -223,13 +249,14 @@ class Recipe:
     hidden: int | None = None  # None is the paper's network
     members: int = 1
     caution: float = 0.0
+    sees_lr: bool = False
 
     def controller(self, points: Points, seed: int) -> Controller:
         if self.hidden is None:
             net = fit_conv_lstm(points, self.fit, seed)
             net.dense[2].bias.data[RAISE] -= self.caution
             return net
-        nets = fit_summary(points, self.hidden, self.members, self.fit, seed)
+        nets = fit_summary(points, self.hidden, self.members, self.fit, seed, self.sees_lr)
         nets.biases[-1].data[..., RAISE] -= self.caution
         return nets
 
@@ -275,6 +302,7 @@ RECIPES = {
     "perceptrons": Recipe(Fit(), hidden=24, members=8),
     "perceptrons, soft": Recipe(Fit(soft=1.0), hidden=24, members=8),
     "perceptrons, half soft": Recipe(HALF, hidden=24, members=8),
+    "perceptrons, half soft, rate": Recipe(HALF, hidden=24, members=8, sees_lr=True),
     "perceptrons, half soft, caution 1": Recipe(HALF, 24, 8, 1.0),
     "conv-lstm": Recipe(SLOW),
     "conv-lstm, official loss": Recipe(replace(SLOW, pairwise=True)),

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -83,7 +83,10 @@ class ARC(LRScheduler):
         weights: "default", the name of another network inside the package (`pyoptim.arc.WEIGHTS`),
             a path to a file that `pyoptim.arc.save` made, or a function of training losses,
             validation losses and learning rates (as `pyoptim.arc.Controller.probabilities`) that
-            gives the probabilities of raise, keep and lower.
+            gives the probabilities of raise, keep and lower, or a `pyoptim.arc.Controller`.
+        usual_lr: a usual learning rate for the optimizer, with which a network that sees the rate
+            itself compares that of the first group that has one. "auto": `pyoptim.arc.usual_lr`
+            of the optimizer. None: unknown, the network sees only how the rate changed.
         margins: two numbers. The rate is raised when the probability of "raise" exceeds that of
             "lower" by more than the first, lowered when it falls short by more than the second,
             else kept. None: the likeliest of the three is done, as in the paper.
@@ -117,7 +120,8 @@ class ARC(LRScheduler):
         interval: int | str = "auto",
         epochs: int | None = None,
         *,
-        weights: str | Path | Judge = "default",
+        weights: str | Path | arc.Controller | Judge = "default",
+        usual_lr: float | str | None = "auto",
         margins: tuple[float, float] | None = MARGINS,
         final_decay: float = FINAL_DECAY,
         min_lr: float = 0.0,
@@ -138,6 +142,10 @@ class ARC(LRScheduler):
             raise ValueError(
                 f"margins must be two numbers, at least 0 and below 1, or None, got {margins}"
             )
+        if usual_lr is not None and usual_lr != "auto" and not _is_rate(usual_lr):
+            raise ValueError(
+                f'usual_lr must be "auto", None or a positive finite number, got {usual_lr!r}'
+            )
         if not 0.0 <= final_decay < 1.0:
             raise ValueError(f"final_decay must be at least 0 and below 1, got {final_decay}")
         self.min_lr, self.max_lr = min_lr, max_lr
@@ -146,7 +154,8 @@ class ARC(LRScheduler):
         self.guard = guard
         self.steps_per_epoch = steps_per_epoch or 1
         self.decisions: list[Decision] = []
-        self._judge = weights if callable(weights) else arc.load(weights).probabilities
+        self.usual_lr = usual_lr
+        self._network, self._judge = _network_or_judge(weights)
         self._kept = _Kept(optimizer, restore)
         self._cycles: list[_Cycle] = []  # the last three that are finished
         self._cycle = _Cycle()
@@ -257,8 +266,16 @@ class ARC(LRScheduler):
         val = [loss for cycle in cycles for loss in cycle.val]
         if not (all(lr > 0.0 for lr in lrs) and all(map(math.isfinite, (*train, *val)))):
             return KEEP, None  # nothing to multiply, or nothing to judge by
-        probabilities = tuple(self._judge(train, val, lrs))
+        probabilities = tuple(self._answer(train, val, lrs))
         return self._action(probabilities), probabilities
+
+    def _answer(self, train: list[float], val: list[float], lrs: list[float]) -> Sequence[float]:
+        if self._judge is not None:
+            return self._judge(train, val, lrs)
+        assert self._network is not None
+        is_auto = self.usual_lr == "auto"
+        usual = arc.usual_lr(self.optimizer) if is_auto else cast("float | None", self.usual_lr)
+        return self._network.probabilities(train, val, lrs, usual)
 
     def _action(self, probabilities: tuple[float, ...]) -> int:
         if self.margins is None:
@@ -398,6 +415,19 @@ def _interval(interval: int | str, epochs: int | None) -> int:
     if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
         raise ValueError(f'interval must be "auto" or a whole number above 0, got {interval!r}')
     return interval
+
+
+def _is_rate(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0.0 < value < math.inf
+
+
+def _network_or_judge(
+    weights: str | Path | arc.Controller | Judge,
+) -> tuple[arc.Controller | None, Judge | None]:
+    if isinstance(weights, arc.Controller):
+        return weights, None
+    return (None, weights) if callable(weights) else (arc.load(weights), None)
 
 
 def _are_margins(margins: Any) -> bool:
