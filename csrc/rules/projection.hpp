@@ -59,12 +59,11 @@ constexpr int kRoughRun = 32, kRoughWays = 4;
 //   (Cauchy-Schwarz).
 // - Where products or sums underflow, gradually or to 0, each of 2n operations is off by at most
 //   2^-126. With both squares above n*2^-100 that is 2^-25 of |w||g| in all.
-// - Additions in float64, here and of the exact sums, are off by less than 2^-29 up to 2^40
-// elements.
+// - Additions in float64, here and of the exact sums, are off by less than 2^-29, up to 2^40
+//   elements.
 // - Numbers that are not finite, and squares out of float32's range, leave a square not finite.
-// - is_orthogonal is monotone in each sum, and so is its arithmetic, rounded as it is: if it says
-// the
-//   same at the two corners of the box that holds the exact sums, it says so for them.
+// - is_orthogonal is monotone in each sum, and so is its arithmetic, rounded as it is: what it says
+//   at the two corners of the box that holds the exact sums, if that is the same, it says for them.
 template <class Hyper>
 Angle judge(const Hyper& h, const double* rough, int64_t size) {
   constexpr double kError = (kRoughRun + kRoughWays + 6) / 16777216.0;
