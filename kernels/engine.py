@@ -345,22 +345,41 @@ def update(
             rows.
         saved, sums: of a rule that yields terms, as for `terms.update`.
     """
+    given = (
+        *(rule, variant, dtypes, device, addresses, numels, hyper_index, hypers, live_hypers),
+        *(inv_scale, grad_scale, clip, clip_at, found_inf, cache, has_sources),
+    )
     if hasattr(RULES[rule], "projection"):
         from pyoptim.kernels import project
 
-        project.update(
-            *(rule, variant, dtypes, device, addresses, numels, rows, hyper_index, hypers),
-            *(live_hypers, inv_scale, grad_scale, clip, clip_at, found_inf, cache, has_sources),
-        )
-        return
-    if hasattr(RULES[rule], "point"):
+        project.update(*given, rows)
+    elif hasattr(RULES[rule], "point"):
         from pyoptim.kernels import terms
 
-        terms.update(
-            *(rule, variant, dtypes, device, addresses, numels, hyper_index, hypers, live_hypers),
-            *(inv_scale, grad_scale, clip, clip_at, found_inf, cache, has_sources, saved, sums),
-        )
-        return
+        terms.update(*given, saved, sums)
+    else:
+        _update_elements(*given)
+
+
+def _update_elements(
+    rule: str,
+    variant: int,
+    dtypes: str,
+    device: torch.device,
+    addresses: bytes,
+    numels: bytes,
+    hyper_index: bytes,
+    hypers: bytes,
+    live_hypers: Tensor | None,
+    inv_scale: float,
+    grad_scale: Tensor | None,
+    clip: float,
+    clip_at: Tensor | None,
+    found_inf: Tensor | None,
+    cache: dict[Any, Any],
+    has_sources: bool,
+) -> None:
+    """As `update`, of a rule that is a function of one element."""
     of_rule, types = RULES[rule], DTYPES[dtypes]
     n_arrays = 2 + of_rule.N_STATES[variant] + has_sources
     table = np.frombuffer(addresses, np.int64).reshape(n_arrays, -1)
@@ -370,17 +389,10 @@ def update(
         sizes += [types.source.primitive_bitwidth // 8] * has_sources
         for part in parts_of(cache, types, table, sizes, numels, hyper_index, CHUNK):
             launcher.launch(
-                update_kernel,
-                (part.n_chunks,),
+                *(update_kernel, (part.n_chunks,)),
                 *tables_of(cache, device, part, table, addresses),
-                len(part.rows),
-                part.n_chunks,
-                blocks,
-                bits_of(inv_scale),
-                grad_scale,
-                bits_of(clip),
-                clip_at,
-                found_inf,
+                *(len(part.rows), part.n_chunks, blocks),
+                *(bits_of(inv_scale), grad_scale, bits_of(clip), clip_at, found_inf),
                 UNSCALES=grad_scale is not None or inv_scale != 1.0,
                 CLIPS=clip_at is not None or clip != 1.0,
                 UPDATE=of_rule.update,

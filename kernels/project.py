@@ -200,12 +200,19 @@ def _items(programs, n_programs, tensors, n, found_inf, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _item(item, n_rows, n_chunks, row_size, inner):
-    """(row, chunk); neighbours are neighbouring rows where a row does not lie in one piece."""
+def _item(item, n_rows, n_chunks, row_size, inner, CHUNK: tl.constexpr, VECTOR: tl.constexpr):
+    """(row, chunk, its size, where pointers to it begin, where it begins in these).
+
+    Neighbours are neighbouring rows where a row does not lie in one piece.
+    """
     is_contiguous = inner == row_size
     row = tl.where(is_contiguous, item // n_chunks, item % n_rows)
     chunk = tl.where(is_contiguous, item % n_chunks, item // n_rows)
-    return row, chunk
+    size = tl.minimum(row_size - chunk * CHUNK, CHUNK).to(tl.int32)
+    base, at = chunk * 0, chunk * CHUNK
+    if VECTOR > 1:
+        base, at = row * row_size + chunk * CHUNK, chunk * 0
+    return row, chunk, size, base, at
 
 
 @triton.jit
@@ -326,12 +333,10 @@ def check_kernel(
     lanes = tl.arange(0, LANES)
     for item in range(begin, end):
         if tl.load(failed + t, volatile=True) == 0:
-            row, chunk = _item(item, n_rows, n_chunks, row_size, inner)
-            size = tl.minimum(row_size - chunk * CHUNK, CHUNK).to(tl.int32)
-            start, at = chunk * 0, chunk * CHUNK
-            if VECTOR > 1:
-                start, at = row * row_size + chunk * CHUNK, chunk * 0
-            arrays = _arrays(addresses, n, t, start, SOURCE, 0, PARAM, PARAM, VECTOR)
+            row, chunk, size, base, at = _item(
+                item, n_rows, n_chunks, row_size, inner, CHUNK, VECTOR
+            )
+            arrays = _arrays(addresses, n, t, base, SOURCE, 0, PARAM, PARAM, VECTOR)
             gw = tl.zeros([LANES], tl.float64)
             gg = tl.zeros([LANES], tl.float64)
             ww = tl.zeros([LANES], tl.float64)
@@ -547,7 +552,7 @@ def _average_item(
     VECTOR: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Stores the new averages of a chunk of a row; its sums of w*w and w*u."""
+    """Stores the new averages of a chunk of a row; returns its sums of w*w and w*u."""
     LANES: tl.constexpr = 1 << STEPS
     lanes = tl.arange(0, LANES)
     ww = tl.zeros([LANES], tl.float64)
@@ -565,6 +570,14 @@ def _average_item(
             *(arrays, offsets, mask, hyper, ww, wu, AVERAGE, DIRECTION, V, N_STATES, STATE)
         )
     return _halve_one(ww, STEPS), _halve_one(wu, STEPS)
+
+
+@triton.jit
+def _keep_sums(of_tensor, item, n_chunks, ww, wu):
+    """For fold_kernel, of a row of several chunks."""
+    if n_chunks > 1:
+        tl.store(of_tensor + 2 * item, ww)
+        tl.store(of_tensor + 2 * item + 1, wu)
 
 
 @triton.jit
@@ -651,12 +664,10 @@ def rows_kernel(
         of_tensor = sums + _field(tensors, n, 3, t) * TILE_SUMS
         of_rows = of_tensor + ITEM_SUMS * _field(tensors, n, 4, t)
         for item in range(begin, end):
-            row, chunk = _item(item, n_rows, n_chunks, row_size, inner)
-            size = tl.minimum(row_size - chunk * CHUNK, CHUNK).to(tl.int32)
-            start, at = chunk * 0, chunk * CHUNK
-            if VECTOR > 1:
-                start, at = row * row_size + chunk * CHUNK, chunk * 0
-            arrays = _arrays(addresses, n, t, start, SOURCE, N_STATES, PARAM, STATE, VECTOR)
+            row, chunk, size, base, at = _item(
+                item, n_rows, n_chunks, row_size, inner, CHUNK, VECTOR
+            )
+            arrays = _arrays(addresses, n, t, base, SOURCE, N_STATES, PARAM, STATE, VECTOR)
             if IS_WRITE:
                 radial = tl.load(of_rows + row)
             else:
@@ -665,13 +676,9 @@ def rows_kernel(
                     *(AVERAGE, DIRECTION, V, N_STATES, STATE, VECTOR, STEPS),
                 )
                 radial = _radial_part(ww, wu, eps)
-                if n_chunks > 1:
-                    to = of_tensor + 2 * (row * n_chunks + chunk)
-                    tl.store(to, ww)
-                    tl.store(to + 1, wu)
+                _keep_sums(of_tensor, row * n_chunks + chunk, n_chunks, ww, wu)
             if IS_WRITE or n_chunks == 1:
-                # What other threads stored is read again.
-                tl.debug_barrier()
+                tl.debug_barrier()  # what other threads stored is read again
                 _write_item(
                     *(arrays, at, size, row, n_rows, inner, hyper, radial.to(COMPUTE), DIRECTION),
                     *(PROJECTION, V, N_STATES, READS_GRAD, PROJECTS_BUFFER, PARAM, STATE),
@@ -1242,7 +1249,6 @@ def update(
     device: torch.device,
     addresses: bytes,
     numels: bytes,
-    rows: bytes,
     hyper_index: bytes,
     hypers: bytes,
     live_hypers: Tensor | None,
@@ -1253,6 +1259,7 @@ def update(
     found_inf: Tensor | None,
     cache: dict[Any, Any],
     has_sources: bool,
+    rows: bytes,
 ) -> None:
     """As engine.update, of a rule that projects.
 

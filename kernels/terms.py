@@ -171,15 +171,9 @@ def update(
         columns = (numels, hyper_index, reduce.CHUNK, first_chunk.tobytes())
         for part in parts_of(cache, types, table, sizes, *columns):
             launcher.launch(
-                terms_kernel,
-                (part.n_chunks,),
+                *(terms_kernel, (part.n_chunks,)),
                 *tables_of(cache, device, part, table, table.tobytes()),
-                len(part.rows),
-                part.n_chunks,
-                blocks,
-                bits_of(clip),
-                clip_at,
-                found_inf,
+                *(len(part.rows), part.n_chunks, blocks, bits_of(clip), clip_at, found_inf),
                 None if sums is None else sums.view(torch.float64),
                 POINT=of_rule.point,
                 CLIPS=clip_at is not None or clip != 1.0,

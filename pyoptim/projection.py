@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 
 from pyoptim import backend
 from pyoptim.optimizer import FusedOptimizer
-from pyoptim.rows import Row, is_dtensor
+from pyoptim.rows import Row, shards
 
 
 class ProjectingOptimizer(FusedOptimizer):
@@ -72,15 +72,9 @@ class ProjectingOptimizer(FusedOptimizer):
                 group.setdefault(name, value)
 
 
-def _is_cut(tensor: Any) -> bool:
+def _is_cut(tensor: Tensor) -> bool:
     """Whether this is a DTensor of two or more dimensions that no process holds all of."""
-    if not is_dtensor(tensor) or tensor.dim() < 2:
-        return False
-    sizes = tensor.device_mesh.shape
-    return any(
-        size > 1 and not placement.is_replicate()
-        for size, placement in zip(sizes, tensor.placements, strict=True)
-    )
+    return tensor.dim() > 1 and shards(tensor) > 1
 
 
 @dataclass(frozen=True)

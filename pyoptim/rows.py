@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -122,7 +123,7 @@ def _checked_row(
     group = optimizer.param_groups[g]
     names = group.get("param_names")
     place = f"parameter {index} of group {g}" + (f" ({names[index]})" if names else "")
-    row = Row(key, _local(key), _local_grad(key, grad), g, "sparse", place)
+    row = Row(key, local_of(key), local_grad(key, grad), g, "sparse", place)
     _check_pair(row)
     if row.grad.layout != torch.strided:
         optimizer._check_sparse(row, group)
@@ -270,16 +271,25 @@ def is_dtensor(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "DTensor" or hasattr(tensor, "_local_tensor")
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_of(tensor: Tensor) -> Tensor:
     """The shard of a DTensor that this process holds, or the tensor itself."""
     local: Tensor = tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
     return local
 
 
-def _local_grad(key: Tensor, grad: Tensor) -> Tensor:
+def shards(tensor: Tensor) -> int:
+    """Into how many pieces a DTensor is cut; 1 for any other."""
+    if not is_dtensor(tensor):
+        return 1
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    return math.prod(mesh.size(i) for i, p in enumerate(placements) if not p.is_replicate())
+
+
+def local_grad(key: Tensor, grad: Tensor) -> Tensor:
+    """The part of a gradient that lies in this process as that of its parameter does."""
     if is_dtensor(key) and is_dtensor(grad) and grad.placements != key.placements:  # type: ignore[attr-defined]
         grad = grad.redistribute(placements=key.placements)  # type: ignore[attr-defined]
-    local = _local(grad)
+    local = local_of(grad)
     # A redistributed gradient may still be under way.
     return local.wait() if hasattr(local, "wait") else local
 
@@ -323,13 +333,13 @@ class _Created:
         elif entry[name].layout != torch.strided:  # left by a sparse step
             self._put(entry, name, entry[name].to_dense())
         self._check_state(row, name, entry[name])
-        row.states.append(_local(entry[name]))
+        row.states.append(local_of(entry[name]))
 
     def _find_master(self, row: Row, entry: Mapping[str, Any]) -> None:
         master = self._optimizer._master_of(entry)
         if master is not None:
             self._check_state(row, "master_param", master)
-            row.master = _local(master)
+            row.master = local_of(master)
 
     def _fill_hidden_counter(self, row: Row) -> None:
         """Tells kernels whether the buffer is new, for rules whose state has no counter."""
@@ -387,12 +397,12 @@ class _Created:
                 f"{place} has shape {tuple(state.shape)} on {state.device}, its parameter has "
                 f"shape {tuple(row.key.shape)} on {row.key.device}; load a matching state_dict"
             )
-        of_param, of_state = row.param.dtype, _local(state).dtype
+        of_param, of_state = row.param.dtype, local_of(state).dtype
         if of_state not in PARAM_DTYPES or of_state.is_complex != of_param.is_complex:
             raise RuntimeError(f"{place} is {of_state}, its parameter is {of_param}")
-        if _local(state).shape != row.param.shape:
+        if local_of(state).shape != row.param.shape:
             raise RuntimeError(f"{place} is sharded differently from its parameter")
-        _check_writable(place, _local(state))
+        _check_writable(place, local_of(state))
 
     def undo(self) -> None:
         for take_back in reversed(self._undo):
@@ -481,7 +491,7 @@ def find_sources(optimizer: FusedOptimizer, rows: list[Row]) -> None:
                 f"from has {tuple(source.shape)}; change no shape between first_step() and "
                 "second_step()"
             )
-        row.source = _local(source)
+        row.source = local_of(source)
 
 
 def restore_unread(rows: list[Row], are_shared: bool) -> None:

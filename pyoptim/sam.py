@@ -384,13 +384,8 @@ class SAM(Optimizer):
 
     def _remember_used_grads(self) -> None:
         """By weak references: their memory is wanted for the next gradients."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        grads = [p.grad for p in params]
-        self._used = {
-            id(p): (weakref.ref(g), g._version)
-            for p, g in zip(params, grads, strict=True)
-            if g is not None
-        }
+        grads = ((p, p.grad) for group in self.param_groups for p in group["params"])
+        self._used = {id(p): (weakref.ref(g), g._version) for p, g in grads if g is not None}
 
     @outside_graphs
     def _has_new_grads(self) -> bool:

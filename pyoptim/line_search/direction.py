@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyoptim.arithmetic import sqrt
-from pyoptim.rows import HALF_DTYPES, is_dtensor, new_counter
+from pyoptim.rows import HALF_DTYPES, local_grad, local_of, new_counter, shards
 
 Group = Mapping[str, Any]
 BASES = ("adam", "amsgrad", "rmsprop", "adagrad", "sgd")
@@ -59,7 +58,7 @@ class _Row:
         return float(self.entry["step"]) + float(self.group.get("bias_offset", 0))
 
     def state(self, name: str) -> Tensor:
-        return _local(self.entry[name])
+        return local_of(self.entry[name])
 
     def gradient(self) -> Tensor:
         g = self.grad.to(self.compute)
@@ -70,7 +69,7 @@ class _Row:
     def weight(self) -> Tensor:
         """Where the step starts: the float32 master copy, if there is one, or the saved weight."""
         master = self.entry.get("master_param")
-        start = _local(master) if master is not None else self.saved
+        start = local_of(master) if master is not None else self.saved
         return (self.param if start is None else start).to(self.compute)
 
     def correction(self, which: int) -> float:
@@ -179,7 +178,7 @@ class ReferenceDirection:
         for row in self._rows:
             master = row.entry.get("master_param")
             if master is not None and self._eta != 0.0:
-                _local(master).copy_(row.point(self._eta))
+                local_of(master).copy_(row.point(self._eta))
         self._rows = []
 
     @torch.no_grad()
@@ -235,7 +234,7 @@ def _rows(optimizer: Optimizer) -> Iterator[_Row]:
         for i, param in enumerate(group["params"]):
             if param.grad is not None:
                 place = f"parameter {i} of group {g}"
-                yield _Row(param, _local(param), _local_grad(param), group, place)
+                yield _Row(param, local_of(param), local_grad(param, param.grad), group, place)
 
 
 def _check(row: _Row, entry: Mapping[str, Any]) -> None:
@@ -256,7 +255,7 @@ def _check(row: _Row, entry: Mapping[str, Any]) -> None:
         )
     for name in (*state_names(row.group), "master_param"):
         state = entry.get(name)
-        if state is not None and _local(state).shape != param.shape:
+        if state is not None and local_of(state).shape != param.shape:
             raise RuntimeError(
                 f"state {name!r} of {row.place} has shape {tuple(state.shape)}, its parameter "
                 f"{tuple(row.key.shape)}; load a matching state_dict"
@@ -309,7 +308,7 @@ def _step(row: _Row, eta: float) -> None:
     w = w - (rate / row.momentum_correction()) * (row.momentum() / row.denominator())
     master = row.entry.get("master_param")
     if master is not None:
-        _local(master).copy_(w)
+        local_of(master).copy_(w)
     _write(row, w)
 
 
@@ -331,27 +330,5 @@ def _slope(row: _Row) -> Tensor:
     return tail * float(row.group["lr_scale"] * shards(row.key))
 
 
-def shards(param: Tensor) -> int:
-    """Into how many pieces a DTensor is cut; 1 for any other."""
-    if not is_dtensor(param):
-        return 1
-    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-    return math.prod(mesh.size(i) for i, p in enumerate(placements) if not p.is_replicate())
-
-
 def _cloned(value: Any) -> Tensor | None:
     return value.clone() if isinstance(value, Tensor) else None
-
-
-def _local(tensor: Tensor) -> Tensor:
-    local: Tensor = tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
-    return local
-
-
-def _local_grad(param: Tensor) -> Tensor:
-    grad = param.grad
-    assert grad is not None
-    if is_dtensor(param) and is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
-        grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
-    local = _local(grad)
-    return local.wait() if hasattr(local, "wait") else local

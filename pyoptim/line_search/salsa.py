@@ -198,35 +198,21 @@ class SaLSa(LineSearch):
         process_group: Any = None,
     ) -> None:
         check_choice("base", base, ("adam", "sgd"))
-        check_choice("variant", variant, tuple(VARIANTS))
-        given: dict[str, Any] = {
-            "c": c,
-            "betas": betas,
-            "beta3": beta3,
-            "shrink": shrink,
-            "growth": growth,
-            "init_step_size": init_step_size,
-            "max_trials": max_trials,
-            "max_step_size": max_step_size,
-            "search_interval": None if search_interval == "auto" else search_interval,
-        }
-        own = {name: value for name, value in given.items() if value is not None}
-        settings = dataclasses.replace(VARIANTS[variant], **own)
-        _check(settings)
-        options = {
-            "base": base,
-            "betas": settings.betas,
-            "eps": eps,
-            # The released code decays before the trials, and by the last step size.
-            "weight_decay": 0.0 if settings.leaves_trial else weight_decay,
-            "decay_first": weight_decay if settings.leaves_trial else 0.0,
-            "momentum": momentum,
-            "use_mv": use_mv,
-            "bias_offset": settings.bias_offset,
-        }
+        settings = _settings_of(
+            variant,
+            c=c,
+            betas=betas,
+            beta3=beta3,
+            shrink=shrink,
+            growth=growth,
+            init_step_size=init_step_size,
+            max_trials=max_trials,
+            max_step_size=max_step_size,
+            search_interval=None if search_interval == "auto" else search_interval,
+        )
         self._prepare(
             params,
-            options,
+            _options(settings, base, eps, weight_decay, momentum, use_mv),
             settings,
             Numbers(settings.init_step_size),
             state_dtype=state_dtype,
@@ -328,6 +314,35 @@ class SaLSa(LineSearch):
         if own.leaves_trial and search.result != "flat":
             return "trial", search.step_sizes[-1]
         return "finish", n.step_size
+
+
+def _options(
+    settings: Settings, base: str, eps: float, weight_decay: float, momentum: float, use_mv: bool
+) -> dict[str, Any]:
+    """Of every group."""
+    return {
+        "base": base,
+        "betas": settings.betas,
+        "eps": eps,
+        # The released code decays before the trials, and by the last step size.
+        "weight_decay": 0.0 if settings.leaves_trial else weight_decay,
+        "decay_first": weight_decay if settings.leaves_trial else 0.0,
+        "momentum": momentum,
+        "use_mv": use_mv,
+        "bias_offset": settings.bias_offset,
+    }
+
+
+def _settings_of(variant: str, **given: Any) -> Settings:
+    """The variant's own where what is given is None.
+
+    Raises: ValueError for a setting out of range.
+    """
+    check_choice("variant", variant, tuple(VARIANTS))
+    own = {name: value for name, value in given.items() if value is not None}
+    settings = dataclasses.replace(VARIANTS[variant], **own)
+    _check(settings)
+    return settings
 
 
 def _check(settings: Settings) -> None:
