@@ -25,6 +25,7 @@ from pyoptim.kernels.launcher import Array, bits_of, upload
 LANE_STEPS = 10
 LANES = 1 << LANE_STEPS  # reduce::kLanes
 CHUNK = 16 * LANES  # reduce::kChunk
+COLUMNS = 16  # kBlockColumns
 # Four lanes per thread: four sums of eight lanes would not fit into its registers.
 NUM_WARPS = 8
 # Rows of up to so many elements share a block of LANES elements; longer ones pass through it in
@@ -148,6 +149,15 @@ def _load_states(pointers, offsets, mask, N_STATES: tl.constexpr):
     for i in tl.static_range(N_STATES):
         states += (_load(pointers[2 + i] + offsets, mask),)
     return states
+
+
+@triton.jit
+def _short_product(x, y, mask):
+    """x*y in their type; 0 for no element, whose direction may be NaN."""
+    if mask is None:
+        return x * y
+    else:
+        return tl.where(mask, x * y, 0.0)
 
 
 @triton.jit
@@ -730,9 +740,9 @@ def _sweep(
     u = DIRECTION(g, states, hyper, V)
     if writes_param:
         tl.store(arrays[0] + offsets, narrow(p * decay - step_size * u, PARAM), mask=mask)
-    gw += _product(g, p, mask)
-    gg += _product(g, g, mask)
-    return gw, gg, ww + _product(p, p, mask), wu + _product(u, p, mask)
+    gw += _short_product(g, p, mask)
+    gg += _short_product(g, g, mask)
+    return gw, gg, ww + _short_product(p, p, mask), wu + _short_product(u, p, mask)
 
 
 @triton.jit(
@@ -764,6 +774,7 @@ def sweep_kernel(
     VECTOR: tl.constexpr,
     STEPS: tl.constexpr,
     CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr,
     TILE_SUMS: tl.constexpr,
 ):
     LANES: tl.constexpr = 1 << STEPS
@@ -775,29 +786,31 @@ def sweep_kernel(
         _, _, decay, _, _ = PROJECTION(hyper)
         writes_param = (has_rows & _is_deferred(decay)) == 0
         arrays = _arrays(addresses, n, t, start, SOURCE, N_STATES, PARAM, STATE, VECTOR)
+        # A lane is a column of a block, its elements COLUMNS apart: csrc/rules/projection.hpp.
         lanes = tl.arange(0, LANES)
-        gw = tl.zeros([LANES], tl.float64)
-        gg = tl.zeros([LANES], tl.float64)
-        ww = tl.zeros([LANES], tl.float64)
-        wu = tl.zeros([LANES], tl.float64)
-        full = size // LANES * LANES
-        for k in range(0, full, LANES):
-            gw, gg, ww, wu = _sweep(
-                *(arrays, k + lanes, None, hyper, writes_param, gw, gg, ww, wu),
-                *(AVERAGE, DIRECTION, PROJECTION, V, N_STATES, PARAM, STATE),
-            )
-        if full < size:
-            offsets = full + lanes
-            gw, gg, ww, wu = _sweep(
-                *(arrays, offsets, offsets < size, hyper, writes_param, gw, gg, ww, wu),
-                *(AVERAGE, DIRECTION, PROJECTION, V, N_STATES, PARAM, STATE),
-            )
+        lanes = lanes // COLUMNS * (CHUNK // LANES * COLUMNS) + lanes % COLUMNS
+        gw = tl.zeros([LANES], COMPUTE)
+        gg = tl.zeros([LANES], COMPUTE)
+        ww = tl.zeros([LANES], COMPUTE)
+        wu = tl.zeros([LANES], COMPUTE)
+        if size == CHUNK:
+            for k in range(0, CHUNK // LANES * COLUMNS, COLUMNS):
+                gw, gg, ww, wu = _sweep(
+                    *(arrays, k + lanes, None, hyper, writes_param, gw, gg, ww, wu),
+                    *(AVERAGE, DIRECTION, PROJECTION, V, N_STATES, PARAM, STATE),
+                )
+        else:
+            for k in range(0, tl.minimum(size, CHUNK // LANES * COLUMNS), COLUMNS):
+                gw, gg, ww, wu = _sweep(
+                    *(arrays, k + lanes, k + lanes < size, hyper, writes_param, gw, gg, ww, wu),
+                    *(AVERAGE, DIRECTION, PROJECTION, V, N_STATES, PARAM, STATE),
+                )
         if has_rows:
             to = sums + _field(tensors, n, 3, t) * TILE_SUMS + 4 * number
-            tl.store(to, _halve_one(gw, STEPS))
-            tl.store(to + 1, _halve_one(gg, STEPS))
-            tl.store(to + 2, _halve_one(ww, STEPS))
-            tl.store(to + 3, _halve_one(wu, STEPS))
+            tl.store(to, _halve_one(gw.to(tl.float64), STEPS))
+            tl.store(to + 1, _halve_one(gg.to(tl.float64), STEPS))
+            tl.store(to + 2, _halve_one(ww.to(tl.float64), STEPS))
+            tl.store(to + 3, _halve_one(wu.to(tl.float64), STEPS))
 
 
 @triton.jit(do_not_specialize=["n", "clip_bits"], do_not_specialize_on_alignment=UNALIGNED)
@@ -1154,7 +1167,7 @@ class _Step:
         for vector, programs in self.plan.tiles.items():
             constants = {**self._of_rule(), **self._constants(), **self._lanes()}
             del constants["READS_GRAD"], constants["PROJECTS_BUFFER"]
-            more = {"VECTOR": vector, "TILE_SUMS": TILE_SUMS}
+            more = {"VECTOR": vector, "COLUMNS": COLUMNS, "TILE_SUMS": TILE_SUMS}
             self._launch(sweep_kernel, programs, self.sums, **constants, **more)
 
     def update_rows(self) -> None:

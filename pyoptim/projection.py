@@ -13,6 +13,8 @@ from pyoptim import backend
 from pyoptim.optimizer import FusedOptimizer
 from pyoptim.rows import Row, shards
 
+BLOCK = 16  # kBlockColumns and kBlockRounds of csrc/rules/projection.hpp
+
 
 class ProjectingOptimizer(FusedOptimizer):
     """An optimizer whose step loses its part along weights that seem scale-invariant.
@@ -121,7 +123,8 @@ def project(
 
     A view of the tensor as rows passes when |cos(g, w)| < delta/sqrt(row size) in every row; the
     direction u then becomes u - w*<w, u>/(|w| + eps)^2, per row. First the rows of dimension 0 are
-    tried, then the whole tensor as one row. Sums and decision run in float64.
+    tried, then the whole tensor as one row. Sums of several rows and decisions run in float64, the
+    sums of one row by blocks of `BLOCK`^2 elements, see `_sum_by_blocks`.
 
     Args:
         param, grad: of the direction's shape; the weights before the step, the raw gradient.
@@ -134,16 +137,32 @@ def project(
     for is_whole in (False, True) if cut.n_rows > 1 else (False,):
         rows, size = (1, cut.numel) if is_whole else (n_rows, cut.numel // cut.n_rows)
         width = param.numel() // max(rows, 1)
-        u, w, g = (t.double().reshape(rows, width) for t in (direction, param, grad))
-        of_both = [(a * b).sum(1) for a, b in ((w, g), (w, w), (g, g))]
-        sums = cut.add(torch.stack(of_both), is_whole)
+        u, w, g = (t.reshape(rows, width) for t in (direction, param, grad))
+        add_up = _sum_by_blocks if is_whole or cut.n_rows == 1 else _sum_of_products
+        sums = cut.add(torch.stack([add_up(a, b) for a, b in ((w, g), (w, w), (g, g))]), is_whole)
         if not cut.holds(_is_orthogonal(sums.detach(), size, group)):
             continue
-        along = cut.add((w * u).sum(1), is_whole)
+        along = cut.add(add_up(w, u), is_whole)
         c = (along / (sums[1].sqrt() + float(group["eps"])) ** 2).unsqueeze(1)
         radial = c.to(param.dtype).expand_as(w).reshape(param.shape) * param
         return direction - radial, True
     return direction, False
+
+
+def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """Of every row, in float64."""
+    return (a.double() * b.double()).sum(1)
+
+
+def _sum_by_blocks(a: Tensor, b: Tensor) -> Tensor:
+    """Of every row: each column of a block in the tensors' dtype, these in float64."""
+    n_rows, size = a.shape
+    n_blocks = -(-size // BLOCK**2)
+    padded = torch.nn.functional.pad(a * b, (0, n_blocks * BLOCK**2 - size))
+    of_columns, *others = padded.reshape(n_rows, n_blocks, BLOCK, BLOCK).unbind(2)
+    for products in others:
+        of_columns = of_columns + products
+    return of_columns.double().sum((1, 2))
 
 
 def _is_orthogonal(sums: Tensor, size: int, group: Mapping[str, Any]) -> Tensor:

@@ -158,7 +158,8 @@ class Tensor {
   // Phase 1 where every row was. The directions of a row that is one chunk are still there when its
   // sums are known.
   void project_rows(int64_t first, int64_t last) {
-    const std::unique_ptr<char[]> directions = new_directions(row_size());
+    const int64_t n_kept = std::min(row_size(), kChunk);
+    const std::unique_ptr<char[]> directions(new char[n_kept * kernels_.direction_size]);
     const bool are_kept = row_size() <= kChunk;
     Rows(row_).for_each(first, last, true, [&](const Elements& at) {
       double sums[kSums];
@@ -172,16 +173,13 @@ class Tensor {
 
   // Phase 1 elsewhere, over chunks; `next` is wanted after the last.
   void sweep_chunks(int64_t first, int64_t last, const Elements* next) {
-    const std::unique_ptr<char[]> directions = new_directions(is_deferred_ ? row_.numel : 0);
     for (int64_t c = first; c < last; ++c) {
-      const Elements at = chunk(c), following = chunk(c + 1);
-      double* const sums = partials_ + kSums * c;
-      if (is_deferred_) {
-        kernels_.check(at, size_of(c), sums, nullptr);
-        kernels_.average(at, hyper_, size_of(c), directions.get(), sums);
-      } else {
-        kernels_.sweep(at, hyper_, size_of(c), sums, c + 1 < n_chunks() ? &following : next);
-      }
+      const Elements following = chunk(c + 1);
+      kernels_.sweep(chunk(c),
+                     hyper_,
+                     size_of(c),
+                     partials_ + kSums * c,
+                     c + 1 < n_chunks() ? &following : next);
     }
   }
 
@@ -204,67 +202,30 @@ class Tensor {
   void update(const TableRow* next) {
     if (is_channel()) check_rows(0, row_.n_rows);
     if (is_channel()) return project_rows(0, row_.n_rows);
-    if (kernels_.watch && !is_deferred_) return watch(next);
-    if (is_left_alone(next)) return row_.update(row_, hyper_, 0, row_.numel, next);
     sweep_chunks(0, n_chunks(), next);
     if (decide()) finish_chunks(0, n_chunks());
   }
 
  private:
+  // Of a row, by its sums in float64, or where these are not needed to tell, by those of blocks.
   bool is_orthogonal(const Elements& at, int64_t size) const {
-    if (kernels_.check_roughly) {
-      double rough[kCheckSums] = {};
-      kernels_.check_roughly(at, size, rough, nullptr);
-      const Angle angle = kernels_.judge(hyper_, rough, size);
+    double sums[kSums];
+    const auto add_up = [&](auto check) {
+      sum_chunks(size, sums, [&](int64_t begin, int64_t n, double* of_chunk) {
+        check(moved(at, kernels_, begin), n, of_chunk);
+      });
+    };
+    if (kernels_.check_shortly) {
+      add_up(kernels_.check_shortly);
+      const Angle angle = kernels_.judge(hyper_, sums, size);
       if (angle != Angle::unknown) return angle == Angle::right;
     }
-    double sums[kSums];
-    sum_chunks(size, sums, [&](int64_t begin, int64_t n, double* of_chunk) {
-      kernels_.check(moved(at, kernels_, begin), n, of_chunk, nullptr);
-    });
+    add_up(kernels_.check);
     return kernels_.is_orthogonal(hyper_, sums, size);
-  }
-
-  // The plain result, which most of the time is the one: the sums that tell are a by-product. Else
-  // the exact sums, from the weights before the step, and a repair.
-  void watch(const TableRow* next) {
-    const bool is_overwritten = row_.source == row_.param;
-    Elements before = row_;
-    if (is_overwritten) before.source = room_for_weights();
-    double rough[kCheckSums] = {};
-    void* const saved = is_overwritten ? const_cast<void*>(before.source) : nullptr;
-    kernels_.watch(row_, hyper_, row_.numel, saved, rough, next);
-    if (kernels_.judge(hyper_, rough, row_.numel) == Angle::other) return;
-    sum_chunks(row_.numel, sums_, [&](int64_t begin, int64_t n, double* of_chunk) {
-      kernels_.resum(moved(before, kernels_, begin), hyper_, n, of_chunk);
-    });
-    if (kernels_.is_orthogonal(hyper_, sums_, row_.numel)) {
-      kernels_.repair(row_, hyper_, row_.numel, sums_);
-    }
-  }
-
-  // Kept for the next tensor, for which it is in the cache.
-  void* room_for_weights() const {
-    thread_local std::vector<char> room;
-    const size_t bytes = row_.numel * kernels_.param_size;
-    if (room.size() < bytes) room.resize(bytes);
-    return room.data();
-  }
-
-  // Whether the layer view is known to fail. Only one chunk is read twice for it: that is in the
-  // cache, and costs less than a sweep that adds up beside its update.
-  bool is_left_alone(const TableRow* next) const {
-    if (n_chunks() > 1 || is_deferred_) return false;
-    double sums[kSums];
-    kernels_.check(row_, row_.numel, sums, next);
-    return !kernels_.is_orthogonal(hyper_, sums, row_.numel);
   }
 
   Elements chunk(int64_t c) const { return moved(row_, kernels_, c * kChunk); }
   int64_t size_of(int64_t c) const { return std::min(kChunk, row_.numel - c * kChunk); }
-  std::unique_ptr<char[]> new_directions(int64_t n) const {
-    return std::unique_ptr<char[]>(new char[std::min(n, kChunk) * kernels_.direction_size]);
-  }
 
   const TableRow& row_;
   const ProjectKernels& kernels_;

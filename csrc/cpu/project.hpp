@@ -14,24 +14,14 @@ namespace pyoptim {
 struct ProjectKernels {
   int param_size, state_size, direction_size;  // bytes of one element
   int n_states;
-  // The first three sums. n <= reduce::kChunk; `next` is wanted soon, what follows where it is
-  // null.
-  void (*check)(const Elements& at, int64_t n, double* sums, const Elements* next);
-  // Averages, then the plain result; all sums. n <= reduce::kChunk; `next` is wanted soon, or null.
+  // The first three sums. n <= reduce::kChunk.
+  void (*check)(const Elements& at, int64_t n, double* sums);
+  // The same by blocks, for judge; null for float64.
+  void (*check_shortly)(const Elements& at, int64_t n, double* sums);
+  // Averages, then the plain result, unless it is deferred; all sums by blocks.
+  // n <= reduce::kChunk; `next` is wanted soon, or null.
   void (*sweep)(
       const Elements& at, const void* hyper, int64_t n, double* sums, const Elements* next);
-  // Adds the first three sums, rough ones, to `sums`, for judge; null for float64.
-  void (*check_roughly)(const Elements& at, int64_t n, double* sums, const Elements* next);
-  // Averages, then the plain result, as sweep; sums as check_roughly; null for float64. `saved`,
-  // which may be null, takes the weights that are read.
-  void (*watch)(const Elements& at,
-                const void* hyper,
-                int64_t n,
-                void* saved,
-                double* sums,
-                const Elements* next);
-  // All sums after the averages were made, with weights of before. n <= reduce::kChunk.
-  void (*resum)(const Elements& at, const void* hyper, int64_t n, double* sums);
   // Averages and directions, not the result; the last two sums. n <= reduce::kChunk.
   void (*average)(const Elements& at, const void* hyper, int64_t n, void* directions, double* sums);
   // The result from directions, or from stored averages where these are null: projected by the
@@ -41,7 +31,7 @@ struct ProjectKernels {
   // The projected result in place of the plain one.
   void (*repair)(const Elements& at, const void* hyper, int64_t n, const double* sums);
   bool (*is_orthogonal)(const void* hyper, const double* sums, int64_t size);
-  Angle (*judge)(const void* hyper, const double* rough, int64_t size);
+  Angle (*judge)(const void* hyper, const double* sums, int64_t size);
   bool (*is_deferred)(const void* hyper);
 };
 

@@ -47,6 +47,9 @@ struct Wide {
       part[0] = x;
     }
   }
+  PYOPTIM_HD void add(const Wide& other) {
+    for (int k = 0; k < kParts; ++k) part[k] += other.part[k];
+  }
 };
 
 // The upper half of a vector onto its lower half until one number is left.
@@ -198,80 +201,6 @@ PYOPTIM_HD void for_elements(int64_t n,
   if constexpr (kCount > 0) lanes.fold(lanes_in_use(n), sums);
 }
 
-// The sums of a body that writes nothing over at most one round of lanes: a tree of registers in
-// place of the lanes and the first levels of their fold.
-template <class P, class Body>
-class Tree {
- public:
-  // Elements i of `later` are wanted soon.
-  PYOPTIM_HD Tree(int64_t n, const Body& body, const Arrays<P, P>& later)
-      : whole_(n - n % kWidth), body_(body), later_(later) {
-    for (int64_t i = whole_; i < n; ++i) {
-      Products<T, kCount> terms;
-      body.step(i, &terms);
-      for (int k = 0; k < kCount; ++k) tail_[k * kWidth + i - whole_] = terms.of[k][0];
-    }
-  }
-
-  PYOPTIM_HD void fold(int64_t n, double* sums) const {
-    const int64_t width = lanes_in_use(n), eighth = width / 8;
-    if (width <= kWidth) return sum<0>(0, kWidth).fold(sums);
-    if (width == 2 * kWidth) return sum<1>(0, kWidth).fold(sums);
-    if (width == 4 * kWidth) return sum<2>(0, kWidth).fold(sums);
-    Lanes<X, kCount> lanes;
-    for (int64_t l = 0; l < eighth; l += kWidth) sum<3>(l, eighth).save(lanes.group(l));
-    lanes.fold(eighth, sums);
-  }
-
- private:
-  using T = typename Compute<P>::type;
-  using X = typename VectorOf<T>::type;
-  static constexpr int kCount = Body::kCount;
-  static constexpr int64_t kWidth = kVectorBytes / sizeof(T);
-
-  // The lanes from `lane` on, 2^kLevels of them `step` apart, folded to one.
-  template <int kLevels>
-  PYOPTIM_HD Products<X, kCount> sum(int64_t lane, int64_t step) const {
-    Products<X, kCount> terms;
-    if constexpr (kLevels > 0) {
-      terms = sum<kLevels - 1>(lane, 2 * step);
-      terms.add(sum<kLevels - 1>(lane + step, 2 * step));
-    } else if (lane < whole_) {
-      body_.prefetch(later_, lane);
-      body_.step(lane, &terms);
-    } else if (lane == whole_) {
-      terms.load(tail_);
-    }
-    return terms;
-  }
-
-  const int64_t whole_;
-  const Body& body_;
-  const Arrays<P, P> later_;
-  alignas(64) double tail_[kCount * kWidth] = {};
-};
-
-// The sums of the check in the arithmetic of float32: rules/projection.hpp says how far from the
-// exact ones they may be. Of single elements in float64.
-template <class X>
-struct Rough {
-  using Element = X;
-  static_assert(!std::is_same_v<X, DoubleV>, "nothing is rougher than float64");
-  std::conditional_t<std::is_scalar_v<X>, double, X> of[kCheckSums] = {};
-
-  PYOPTIM_HD void add_product(int k, const X& x, const X& y) {
-    if constexpr (std::is_scalar_v<X>) {
-      of[k] += static_cast<double>(x) * y;
-    } else {
-      of[k] = fused_or_not(x, y, of[k]);
-    }
-  }
-  PYOPTIM_HD void add(const Rough& other) {
-#pragma GCC unroll 3
-    for (int k = 0; k < kCheckSums; ++k) of[k] = of[k] + other.of[k];
-  }
-};
-
 // What the check adds up over weights p and gradients g.
 template <class P, class X, int kCount>
 PYOPTIM_HD void add_check(const X& p, const X& g, Products<X, kCount>* sums) {
@@ -280,61 +209,125 @@ PYOPTIM_HD void add_check(const X& p, const X& g, Products<X, kCount>* sums) {
   sums->template add_products<P>(kGradGrad, grad, grad);
   sums->template add_products<P>(kWeightWeight, weight, weight);
 }
-template <class P, class X>
-PYOPTIM_HD void add_check(const X& p, const X& g, Rough<X>* sums) {
+
+// -- sums by blocks -------------------------------------------------------------------------------
+
+// kCount sums of X, an element or a vector of them, in the arithmetic of X.
+template <class X, int kCount>
+struct ShortSums {
+  using Element = X;
+  X of[kCount] = {};
+
+  PYOPTIM_HD void add_product(int k, const X& x, const X& y) { of[k] = of[k] + x * y; }
+};
+template <class P, class X, int kCount>
+PYOPTIM_HD void add_check(const X& p, const X& g, ShortSums<X, kCount>* sums) {
   sums->add_product(kGradWeight, g, p);
   sums->add_product(kGradGrad, g, g);
   sums->add_product(kWeightWeight, p, p);
 }
 
-// As for_elements, for a body that adds to Rough sums; what they come to is added to `sums`.
-// Vectors take turns with Body::kWays sums, so that no addition waits for the one before it.
+// The short sums of the blocks of a chunk.
+template <class T, int kCount>
+class Blocks {
+ public:
+  Blocks() {}  // up to 16 KiB for float32, of which what is used is written first
+
+  PYOPTIM_HD T* of(int64_t block) { return sums_ + block * kWidth; }
+
+  // The upper half of the blocks onto the lower, then so the columns, in float64.
+  void fold(int64_t n_blocks, double* sums) {
+    alignas(64) double wide[kMost / 2 * kWidth];
+    int64_t half = 1;
+    while (2 * half < n_blocks) half *= 2;
+    for (int64_t l = 0; l < half * kWidth; l += kVector) {
+      const int64_t upper = l + half * kWidth;
+      Wide<X> x(get_vector(l));
+      if (upper < n_blocks * kWidth) x.add(Wide<X>(get_vector(upper)));
+      for (int part = 0; part < Wide<X>::kParts; ++part) {
+        put(wide + l + part * Wide<X>::kStep, x.part[part]);
+      }
+    }
+    for (half /= 2; half > 0; half /= 2) add_upper(wide, half * kWidth, half * kWidth);
+    for (int k = 0; k < kCount; ++k) {
+      double* const columns = wide + k * kBlockColumns;
+      for (int64_t width = kBlockColumns; width > kDoubles; width /= 2) {
+        add_upper(columns, width / 2, width / 2);
+      }
+      sums[k] = fold_vector(load_vector(columns));
+    }
+  }
+
+ private:
+  using X = typename VectorOf<T>::type;
+  static constexpr int64_t kMost = reduce::kChunk / kBlock, kWidth = kCount * kBlockColumns;
+  static constexpr int64_t kVector = kVectorBytes / sizeof(T);
+  static_assert(kBlockColumns >= kDoubles);
+
+  PYOPTIM_HD X get_vector(int64_t at) const {
+    X x;
+    get(sums_ + at, &x);
+    return x;
+  }
+  PYOPTIM_HD static void add_upper(double* from, int64_t n, int64_t distance) {
+    for (int64_t l = 0; l < n; l += kDoubles) {
+      store_vector(from + l, load_vector(from + l) + load_vector(from + distance + l));
+    }
+  }
+
+  alignas(64) T sums_[kMost * kWidth];
+};
+
+// Calls body.step(i, sums) for all of [0, n), n <= reduce::kChunk, for vectors and at the end for
+// single elements, and folds the sums of rules/projection.hpp's blocks to `sums`. Memory is asked
+// for as in for_elements.
 template <class P, class S, class Body>
-PYOPTIM_HD void for_elements_roughly(
-    int64_t n, const Body& body, const Arrays<P, S>& own, const Arrays<P, S>& next, double* sums) {
+PYOPTIM_HD void for_blocks(int64_t n,
+                           const Body& body,
+                           const Arrays<P, S>& own,
+                           const Arrays<P, S>& next,
+                           double* sums) {
   using T = typename Compute<P>::type;
   using X = typename VectorOf<T>::type;
-  constexpr int64_t kWidth = kVectorBytes / sizeof(T), kVisit = Body::kWays * kWidth;
-  constexpr int64_t kLine = 64 / sizeof(P);
-  static_assert(Body::kWays <= kRoughWays && (Body::kWays & (Body::kWays - 1)) == 0);
+  constexpr int kCount = Body::kCount, kVectors = kBlockColumns * sizeof(T) / kVectorBytes;
+  constexpr int64_t kWidth = kVectorBytes / sizeof(T), kLine = 64 / sizeof(P);
   const int64_t ahead = Body::kFar * kPrefetchBytes / static_cast<int64_t>(sizeof(P));
   const int64_t whole = n - n % kWidth, turn = std::max<int64_t>(0, whole - ahead);
   const Arrays<P, S> later = own.moved(ahead), after = next.moved(-turn);
-  Products<X, kCheckSums> total;
-  for (int64_t i = 0; i < whole;) {
-    const int64_t end = std::min(i + kRoughRun * kVisit, whole);
-    Rough<X> terms[Body::kWays];
-    for (; i + kVisit <= end; i += kVisit) {
+  Blocks<T, kCount> blocks;
+  for (int64_t i = 0; i < n;) {
+    T* const to = blocks.of(i / kBlock);
+    const int64_t block_end = std::min(i + kBlock, n), end = std::min(block_end, whole);
+    ShortSums<X, kCount> of_columns[kVectors];
+    for (; i + kBlockColumns <= end; i += kBlockColumns) {
       const Arrays<P, S>& fetch = i < turn ? later : after;
 #pragma GCC unroll 4
-      for (int64_t line = 0; line < kVisit; line += kLine) body.prefetch(fetch, i + line);
+      for (int64_t l = 0; l < kBlockColumns; l += kLine) body.prefetch(fetch, i + l);
 #pragma GCC unroll 4
-      for (int way = 0; way < Body::kWays; ++way) body.step(i + way * kWidth, &terms[way]);
+      for (int v = 0; v < kVectors; ++v) body.step(i + v * kWidth, &of_columns[v]);
     }
-    for (; i < end; i += kWidth) body.step(i, &terms[0]);
+    const int64_t vectors = std::max<int64_t>(0, (end - i) / kWidth);
 #pragma GCC unroll 4
-    for (int half = Body::kWays / 2; half > 0; half /= 2) {
+    for (int v = 0; v < kVectors; ++v) {
+      if (v < vectors) body.step(i + v * kWidth, &of_columns[v]);
 #pragma GCC unroll 4
-      for (int way = 0; way < half; ++way) terms[way].add(terms[way + half]);
+      for (int k = 0; k < kCount; ++k) put(to + k * kBlockColumns + v * kWidth, of_columns[v].of[k]);
     }
-#pragma GCC unroll 3
-    for (int k = 0; k < kCheckSums; ++k) {
-      const Wide<X> wide(terms[0].of[k]);
-      for (int part = 0; part < Wide<X>::kParts; ++part) total.of[k][part] += wide.part[part];
+    i += vectors * kWidth;
+    for (; i < block_end; ++i) {
+      ShortSums<T, kCount> term;
+      body.step(i, &term);
+      for (int k = 0; k < kCount; ++k) to[k * kBlockColumns + i % kBlockColumns] += term.of[k];
     }
   }
-  Rough<T> last;
-  for (int64_t i = whole; i < n; ++i) body.step(i, &last);
-  double folded[kCheckSums];
-  total.fold(folded);
-  for (int k = 0; k < kCheckSums; ++k) sums[k] += folded[k] + last.of[k];
+  blocks.fold((n + kBlock - 1) / kBlock, sums);
 }
 
 // Gradient times weight and their squares.
 template <class P>
 struct Check {
   // Two arrays only: 30 M elements took 0.29 ns each with 1, 0.22 with 2 and 0.25 with 4 on Zen 5.
-  static constexpr int kCount = kCheckSums, kWays = 4, kFar = 2;
+  static constexpr int kCount = kCheckSums, kFar = 2;
   const Arrays<P, P> at_;
 
   PYOPTIM_HD static void prefetch(const Arrays<P, P>& later, int64_t i) {
@@ -350,31 +343,15 @@ struct Check {
 };
 
 template <class P>
-void check_chunk(const Elements& at, int64_t n, double* sums, const Elements* next) {
+void check_chunk(const Elements& at, int64_t n, double* sums) {
   const Arrays<P, P> arrays(at);
-  const Arrays<P, P> following = next ? Arrays<P, P>(*next) : arrays.moved(n);
-  const Check<P> check{arrays};
-  if (n > kLanes) return for_elements(n, check, arrays, following, sums);
-  const int64_t ahead = kPrefetchBytes / static_cast<int64_t>(sizeof(P));
-  Tree<P, Check<P>>(n, check, next ? following : arrays.moved(ahead)).fold(n, sums);
+  for_elements(n, Check<P>{arrays}, arrays, arrays.moved(n), sums);
 }
 
 template <class P>
-void check_roughly(const Elements& at, int64_t n, double* sums, const Elements* next) {
+void check_shortly(const Elements& at, int64_t n, double* sums) {
   const Arrays<P, P> arrays(at);
-  const Check<P> check{arrays};
-  for_elements_roughly(n, check, arrays, next ? Arrays<P, P>(*next) : arrays.moved(n), sums);
-}
-
-// Elements as they are in memory: bits, which a conversion to and fro could change.
-template <class X, class P>
-PYOPTIM_HD void copy_bits(const P* from, P* to) {
-  if constexpr (std::is_scalar_v<X>) {
-    *to = *from;
-  } else {
-    using Bits = std::conditional_t<sizeof(P) == 2, HalfV, X>;
-    store_as(to, load_as<Bits>(from));
-  }
+  for_blocks(n, Check<P>{arrays}, arrays, arrays.moved(n), sums);
 }
 
 // Elements i of the averages after the gradient g, as they are stored: the direction.
@@ -404,11 +381,37 @@ PYOPTIM_HD X stored_direction(const typename Rule::Hyper& h, const Arrays<P, S>&
   return Rule::template direction<V>(h, g, a, b);
 }
 
-// Updates the averages, with kWrites the parameter too, and adds up all sums, the last two or none.
-// Keeps the directions where there is room for them.
+// Updates the averages, with kWrites the parameter too, and adds up kCount sums by blocks.
 template <class Rule, int V, class P, class S, int kSummed, bool kWrites>
 struct Sweep {
   static constexpr int kCount = kSummed, kFar = 1;
+  const typename Rule::Hyper h;
+  const Arrays<P, S> at_;
+
+  PYOPTIM_HD static void prefetch(const Arrays<P, S>& later, int64_t i) {
+    later.template prefetch<Rule::kStates[V]>(i);
+  }
+  template <class Sums>
+  PYOPTIM_HD void step(int64_t i, Sums* sums) const {
+    typename Sums::Element p, g;
+    get(at_.source + i, &p);
+    get(at_.grad + i, &g);
+    const auto u = average<Rule, V>(h, at_, i, g);
+    if constexpr (kSummed > 0) {
+      add_check<P>(p, g, sums);
+      sums->add_product(kDirectionWeight, u, p);
+    }
+    if constexpr (kWrites) {
+      write_plain(h, p, u);
+      put(at_.param + i, p);
+    }
+  }
+};
+
+// Updates the averages, keeps the directions and adds up the last two sums.
+template <class Rule, int V, class P, class S>
+struct Average {
+  static constexpr int kCount = 2, kFar = 1;
   using T = typename Compute<P>::type;
   const typename Rule::Hyper h;
   const Arrays<P, S> at_;
@@ -423,63 +426,10 @@ struct Sweep {
     get(at_.source + i, &p);
     get(at_.grad + i, &g);
     const X u = average<Rule, V>(h, at_, i, g);
-    if constexpr (kSummed == kSums) add_check<P>(p, g, sums);
-    if constexpr (kSummed > 0) {
-      const Wide<X> weight(p), direction(u);
-      if constexpr (kSummed == 2) sums->template add_products<P>(0, weight, weight);
-      sums->template add_products<P>(kSummed - 1, direction, weight);
-    }
-    if constexpr (kWrites) {
-      write_plain(h, p, u);
-      put(at_.param + i, p);
-    } else {
-      put(kept + i, u);
-    }
-  }
-};
-
-// As a Sweep that writes, with the rough sums of the check. kSaves: the weights are kept too.
-template <class Rule, int V, class P, class S, bool kSaves>
-struct Watch {
-  static constexpr int kWays = 2, kFar = 1;
-  const typename Rule::Hyper h;
-  const Arrays<P, S> at_;
-  P* const saved;
-
-  PYOPTIM_HD static void prefetch(const Arrays<P, S>& later, int64_t i) {
-    later.template prefetch<Rule::kStates[V]>(i);
-  }
-  template <class X>
-  PYOPTIM_HD void step(int64_t i, Rough<X>* sums) const {
-    X p, g;
-    get(at_.source + i, &p);
-    get(at_.grad + i, &g);
-    if constexpr (kSaves) copy_bits<X>(at_.source + i, saved + i);
-    add_check<P>(p, g, sums);
-    const X u = average<Rule, V>(h, at_, i, g);
-    write_plain(h, p, u);
-    put(at_.param + i, p);
-  }
-};
-
-// All sums from stored averages and the weights before the step.
-template <class Rule, int V, class P, class S>
-struct Resum {
-  static constexpr int kCount = kSums, kFar = 1;
-  const typename Rule::Hyper h;
-  const Arrays<P, S> at_;
-
-  PYOPTIM_HD static void prefetch(const Arrays<P, S>& later, int64_t i) {
-    later.template prefetch<Rule::kStates[V], Streams::param>(i);
-  }
-  template <class X>
-  PYOPTIM_HD void step(int64_t i, Products<X, kCount>* sums) const {
-    X p, g;
-    get(at_.source + i, &p);
-    get(at_.grad + i, &g);
-    add_check<P>(p, g, sums);
-    const Wide<X> weight(p), direction(stored_direction<Rule, V, X>(h, at_, i));
-    sums->template add_products<P>(kDirectionWeight, direction, weight);
+    const Wide<X> weight(p), direction(u);
+    sums->template add_products<P>(0, weight, weight);
+    sums->template add_products<P>(1, direction, weight);
+    put(kept + i, u);
   }
 };
 
@@ -551,47 +501,27 @@ struct Projected {
       const TableRow& row, const void* hyper, int64_t begin, int64_t end, const TableRow* next) {
     const Arrays<P, S> arrays = Arrays<P, S>(row).moved(begin);
     const bool is_alike = next && next->update == row.update;
-    const Sweep<Rule, V, P, S, 0, true> sweep{of(hyper), arrays, nullptr};
+    const Sweep<Rule, V, P, S, 0, true> sweep{of(hyper), arrays};
     for_elements(end - begin, sweep, arrays, is_alike ? Arrays<P, S>(*next) : arrays);
   }
 
   static void sweep(
       const Elements& at, const void* hyper, int64_t n, double* sums, const Elements* next) {
-    const Arrays<P, S> arrays(at);
-    const Sweep<Rule, V, P, S, kSums, true> sweep{of(hyper), arrays, nullptr};
-    for_elements(n, sweep, arrays, next ? Arrays<P, S>(*next) : arrays, sums);
+    const Arrays<P, S> arrays(at), after = next ? Arrays<P, S>(*next) : arrays;
+    const Hyper& h = of(hyper);
+    if (pyoptim::is_deferred(h)) {
+      for_blocks(n, Sweep<Rule, V, P, S, kSums, false>{h, arrays}, arrays, after, sums);
+    } else {
+      for_blocks(n, Sweep<Rule, V, P, S, kSums, true>{h, arrays}, arrays, after, sums);
+    }
   }
 
   static void average(
       const Elements& at, const void* hyper, int64_t n, void* directions, double* sums) {
     const Arrays<P, S> arrays(at);
-    T* const kept = static_cast<T*>(directions);
-    const Sweep<Rule, V, P, S, 2, false> sweep{of(hyper), arrays, kept};
+    const Average<Rule, V, P, S> average{of(hyper), arrays, static_cast<T*>(directions)};
     static_assert(kDirectionWeight == kWeightWeight + 1, "side by side");
-    for_elements(n, sweep, arrays, arrays.moved(n), sums + kWeightWeight);
-  }
-
-  static void watch(const Elements& at,
-                    const void* hyper,
-                    int64_t n,
-                    void* saved,
-                    double* sums,
-                    const Elements* next) {
-    const Arrays<P, S> arrays(at), after = next ? Arrays<P, S>(*next) : arrays;
-    P* const to = static_cast<P*>(saved);
-    if (saved) {
-      const Watch<Rule, V, P, S, true> watch{of(hyper), arrays, to};
-      for_elements_roughly(n, watch, arrays, after, sums);
-    } else {
-      const Watch<Rule, V, P, S, false> watch{of(hyper), arrays, to};
-      for_elements_roughly(n, watch, arrays, after, sums);
-    }
-  }
-
-  static void resum(const Elements& at, const void* hyper, int64_t n, double* sums) {
-    const Arrays<P, S> arrays(at);
-    const Resum<Rule, V, P, S> resum{of(hyper), arrays};
-    for_elements(n, resum, arrays, arrays.moved(n), sums);
+    for_elements(n, average, arrays, arrays.moved(n), sums + kWeightWeight);
   }
 
   template <bool kIsKept, class Write>
@@ -625,8 +555,8 @@ struct Projected {
     return pyoptim::is_orthogonal(of(hyper), sums, size);
   }
 
-  static Angle judge(const void* hyper, const double* rough, int64_t size) {
-    return pyoptim::judge(of(hyper), rough, size);
+  static Angle judge(const void* hyper, const double* sums, int64_t size) {
+    return pyoptim::judge(of(hyper), sums, size);
   }
 
   static bool is_deferred(const void* hyper) { return pyoptim::is_deferred(of(hyper)); }
@@ -638,13 +568,9 @@ struct Projected {
     kernels.direction_size = static_cast<int>(sizeof(T));
     kernels.n_states = Rule::kStates[V];
     kernels.check = check_chunk<P>;
-    if constexpr (sizeof(T) < sizeof(double)) {
-      kernels.check_roughly = check_roughly<P>;
-      kernels.watch = watch;
-    }
+    if constexpr (sizeof(T) < sizeof(double)) kernels.check_shortly = check_shortly<P>;
     kernels.sweep = sweep;
     kernels.average = average;
-    kernels.resum = resum;
     kernels.write = write;
     kernels.repair = repair;
     kernels.is_orthogonal = is_orthogonal;

@@ -10,6 +10,17 @@
 namespace pyoptim::cpu {
 namespace {
 
+// Elements as they are in memory: bits, which a conversion to and fro could change.
+template <class X, class P>
+PYOPTIM_HD void copy_bits(const P* from, P* to) {
+  if constexpr (std::is_scalar_v<X>) {
+    *to = *from;
+  } else {
+    using Bits = std::conditional_t<sizeof(P) == 2, HalfV, X>;
+    store_as(to, load_as<Bits>(from));
+  }
+}
+
 // A parameter with a master is not saved: its master still holds it.
 template <class Rule, int V, class P, class S, class W, bool kIsStreamed>
 struct Sum {

@@ -130,14 +130,17 @@ struct Place {
 //   read_one(at, k, slice), write_one(slice, k, at): element k of the slice only
 //   apply(slice, n, lanes, first): computes n elements; lane first + k gets what element k adds.
 
-// Every element of an item once: the elements 4*t ... 4*t + 3 of each 1024 are thread t's.
-template <int kN, class Visitor>
-__device__ __forceinline__ void visit_by_block(const Visitor& visitor,
-                                               const Place& place,
-                                               double (&lanes)[kN][kLanesPerThread]) {
+// Elements first, first + step ... before `end` of an item, kLanesPerThread at each.
+template <int kN, class T, class Visitor>
+__device__ __forceinline__ void visit_steps(const Visitor& visitor,
+                                            const Place& place,
+                                            int first,
+                                            int step,
+                                            int end,
+                                            T (&lanes)[kN][kLanesPerThread]) {
   constexpr int W = kLanesPerThread;
   const bool is_aligned = place.is_contiguous && visitor.template is_aligned<W>(place.first);
-  for (int i = threadIdx.x * W; i < place.size; i += kLanes) {
+  for (int i = first; i < end; i += step) {
     const int n = place.size - i < W ? place.size - i : W;
     const bool is_whole = is_aligned && n == W;
     typename Visitor::template Slice<W> slice = {};
@@ -155,9 +158,30 @@ __device__ __forceinline__ void visit_by_block(const Visitor& visitor,
   }
 }
 
+// Every element of an item once: the elements 4*t ... 4*t + 3 of each 1024 are thread t's.
+template <int kN, class Visitor>
+__device__ __forceinline__ void visit_by_block(const Visitor& visitor,
+                                               const Place& place,
+                                               double (&lanes)[kN][kLanesPerThread]) {
+  visit_steps(visitor, place, threadIdx.x * kLanesPerThread, kLanes, place.size, lanes);
+}
+
+// The same where the sums are by the blocks of rules/projection.hpp: every 4 threads have one.
+template <int kN, class T, class Visitor>
+__device__ __forceinline__ void visit_columns(const Visitor& visitor,
+                                              const Place& place,
+                                              T (&lanes)[kN][kLanesPerThread]) {
+  constexpr int kPerBlock = kBlockColumns / kLanesPerThread, kSize = static_cast<int>(kBlock);
+  static_assert(kThreads / kPerBlock * kBlock == kChunk, "a thread has columns of one block");
+  const int thread = threadIdx.x, begin = thread / kPerBlock * kSize;
+  const int end = place.size < begin + kSize ? place.size : begin + kSize;
+  const int first = begin + thread % kPerBlock * kLanesPerThread;
+  visit_steps(visitor, place, first, kBlockColumns, end, lanes);
+}
+
 // All threads get the sums. shared: [kN * kLanes + kN].
-template <int kN>
-__device__ __forceinline__ void combine_block(const double (&lanes)[kN][kLanesPerThread],
+template <int kN, class T>
+__device__ __forceinline__ void combine_block(const T (&lanes)[kN][kLanesPerThread],
                                               double* shared,
                                               double (&sums)[kN]) {
   double* const results = shared + kN * kLanes;
@@ -165,7 +189,7 @@ __device__ __forceinline__ void combine_block(const double (&lanes)[kN][kLanesPe
   for (int n = 0; n < kN; ++n) {
 #pragma unroll
     for (int k = 0; k < kLanesPerThread; ++k) {
-      shared[n * kLanes + threadIdx.x * kLanesPerThread + k] = lanes[n][k];
+      shared[n * kLanes + threadIdx.x * kLanesPerThread + k] = static_cast<double>(lanes[n][k]);
     }
   }
   __syncthreads();

@@ -182,7 +182,7 @@ struct Sweeper : Visitor<Rule, P, S> {
   template <int W, int kN>
   __device__ __forceinline__ void apply(typename Base::template Slice<W>& slice,
                                         int n,
-                                        double (&lanes)[kSums][kN],
+                                        T (&lanes)[kSums][kN],
                                         int first) const {
 #pragma unroll
     for (int k = 0; k < W; ++k) {
@@ -198,12 +198,11 @@ struct Sweeper : Visitor<Rule, P, S> {
 
   template <int kN>
   __device__ __forceinline__ static void add(
-      T weight, T grad, T direction, double (&lanes)[kSums][kN], int k) {
-    const double w = static_cast<double>(weight), g = static_cast<double>(grad);
-    lanes[kGradWeight][k] += g * w;
-    lanes[kGradGrad][k] += g * g;
-    lanes[kWeightWeight][k] += w * w;
-    lanes[kDirectionWeight][k] += static_cast<double>(direction) * w;
+      T weight, T grad, T direction, T (&lanes)[kSums][kN], int k) {
+    lanes[kGradWeight][k] += grad * weight;
+    lanes[kGradGrad][k] += grad * grad;
+    lanes[kWeightWeight][k] += weight * weight;
+    lanes[kDirectionWeight][k] += direction * weight;
   }
 };
 
@@ -345,8 +344,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   const bool has_rows = t.n_rows > 0;
   const Sweeper<Rule, P, S> sweeper(of, has_rows, !(has_rows && is_deferred(of.h)));
-  double lanes[kSums][kLanesPerThread] = {}, sums[kSums];
-  visit_by_block(sweeper, Place(tile * kChunk, t.numel), lanes);
+  typename Compute<P>::type lanes[kSums][kLanesPerThread] = {};
+  double sums[kSums];
+  visit_columns(sweeper, Place(tile * kChunk, t.numel), lanes);
   if (!has_rows) return;
   combine_block(lanes, shared, sums);
   if (threadIdx.x > 0) return;

@@ -2,9 +2,10 @@
 // Source: Heo et al., arXiv:2006.08217, equations 12 and 13, as the authors' package defines it:
 // the absolute cosine over delta/sqrt(size), all rows of dimension 0 first (channels), then the
 // whole tensor as one row (layer), which loses less decay too.
-// Departures: sums and decision run in float64. The layer view is known after the sweep that writes
-// the parameter only, so that its projection is applied to the stored result: one rounding more,
-// and weights known to the parameter's precision where the momentum itself is projected.
+// Departures: sums of rows and decisions run in float64, the sums of the layer view by blocks, see
+// below. The layer view is known after the sweep that writes the parameter only, so that its
+// projection is applied to the stored result: one rounding more, and weights known to the
+// parameter's precision where the momentum itself is projected.
 // A tensor of one row has the layer view only, which is the same.
 #pragma once
 
@@ -16,7 +17,7 @@
 
 namespace pyoptim {
 
-// What can be said of gradient and weights whose sums are known roughly.
+// What can be said of gradient and weights whose sums are known to float32's precision.
 enum class Angle { right, other, unknown };
 
 namespace {
@@ -28,9 +29,19 @@ constexpr bool kProjects = false;
 template <class Rule>
 constexpr bool kProjects<Rule, std::void_t<decltype(Rule::kProjectsBuffer)>> = true;
 
-// The sums over a row, in float64 and in the order of reduce/order.hpp. The gradient is the stored
-// one, unscaled but neither clipped nor negated; the weights are those before the step.
+// The sums over a row, or over the tensor as one row. The gradient is the stored one, unscaled but
+// neither clipped nor negated; the weights are those before the step.
 enum Sum { kGradWeight, kGradGrad, kWeightWeight, kDirectionWeight, kSums };
+
+// The sums of rows are made in float64, in the order of reduce/order.hpp. Those of the layer view
+// are made beside the update of the whole tensor, where float64 would take longer than memory does,
+// by blocks of kBlock elements: column c of a block adds up, in the type that the rule computes in,
+// the products of the elements c, c + kBlockColumns, c + 2*kBlockColumns ... in this order, each
+// rounded, starting from 0. In float64 the upper half of the blocks of a chunk is added to the
+// lower until one is left, and so its columns; chunks as in reduce/order.hpp. For float32 that is
+// what the authors compute, less wrong: sums of 16 terms have no time to lose what is small.
+constexpr int kBlockColumns = 16, kBlockRounds = 16;
+constexpr int64_t kBlock = kBlockColumns * kBlockRounds;
 
 // Whether gradient and weights of a row of `size` elements are nearly at right angles. False for
 // NaN.
@@ -43,18 +54,13 @@ PYOPTIM_HD bool is_orthogonal(const Hyper& h, const double* sums, int64_t size) 
   return cosine < static_cast<double>(h.delta) / std::sqrt(static_cast<double>(size));
 }
 
-// How sums may be added up roughly where only the decision is wanted: in float32, products of
-// float32 numbers rounded or not, in chains of at most kRoughRun + kRoughWays additions and a tree
-// of kRoughWays chains, whose results are added up in float64.
 constexpr int kCheckSums = 3;  // the first of Sum
-constexpr int kRoughRun = 32, kRoughWays = 4;
 
-// `rough` are the first three sums, added up as above. The answer, unless it is unknown, is that of
-// is_orthogonal for the exact sums, those in float64 in the order of reduce/order.hpp, whatever
-// their last bits are:
+// `sums` are the first three of a row, by blocks in float32. The answer, unless it is unknown, is
+// that of is_orthogonal for the exact sums, those in float64 in the order of reduce/order.hpp:
 //
-// - A chain's terms pass at most kRoughRun + kRoughWays + 3 roundings (the product, the chain, the
-//   tree), each of at most 2^-24 of what is rounded, if nothing underflows. So a sum is off by at
+// - Every product passes at most kBlockRounds roundings to float32 (its own; the first addition is
+//   to 0), each of at most 2^-24 of what is rounded, if nothing underflows. So a sum is off by at
 //   most (1 + 2^-24)^k - 1 times the sum of its terms' sizes, and that is at most |w||g|
 //   (Cauchy-Schwarz).
 // - Where products or sums underflow, gradually or to 0, each of 2n operations is off by at most
@@ -65,10 +71,10 @@ constexpr int kRoughRun = 32, kRoughWays = 4;
 // - is_orthogonal is monotone in each sum, and so is its arithmetic, rounded as it is: what it says
 //   at the two corners of the box that holds the exact sums, if that is the same, it says for them.
 template <class Hyper>
-Angle judge(const Hyper& h, const double* rough, int64_t size) {
-  constexpr double kError = (kRoughRun + kRoughWays + 6) / 16777216.0;
-  const double g = rough[kGradGrad], w = rough[kWeightWeight],
-               product = std::fabs(rough[kGradWeight]);
+Angle judge(const Hyper& h, const double* sums, int64_t size) {
+  constexpr double kError = (kBlockRounds + 3) / 16777216.0;
+  const double g = sums[kGradGrad], w = sums[kWeightWeight];
+  const double product = std::fabs(sums[kGradWeight]);
   const double least = static_cast<double>(size) * 0x1p-100;
   if (!(g >= least && w >= least && std::isfinite(g + w + product))) return Angle::unknown;
   const double low = 1.0 - kError, high = 1.0 + kError;
