@@ -46,12 +46,11 @@ UNALIGNED = [
 
 @triton.jit
 def _is_orthogonal(gw, gg, ww, sign, eps, delta, size):
-    scale = tl.abs(sign.to(tl.float64))
-    eps = eps.to(tl.float64)
-    g = scale * tl.sqrt(gg)
-    w = tl.sqrt(ww)
-    cosine = scale * tl.abs(gw) / (tl.where(w < eps, eps, w) * tl.where(g < eps, eps, g))
-    return cosine < delta.to(tl.float64) / tl.sqrt(size.to(tl.float64))
+    sign, eps, delta = sign.to(tl.float64), eps.to(tl.float64), delta.to(tl.float64)
+    across, least = sign * gw, eps * eps
+    g = sign * sign * gg
+    norms = tl.where(ww < least, least, ww) * tl.where(g < least, least, g)
+    return across * across * size.to(tl.float64) < delta * delta * norms
 
 
 @triton.jit

@@ -167,9 +167,9 @@ def _sum_by_blocks(a: Tensor, b: Tensor) -> Tensor:
 
 def _is_orthogonal(sums: Tensor, size: int, group: Mapping[str, Any]) -> Tensor:
     """Of rows with sums (w*g, w*w, g*g): whether |cosine| < delta/sqrt(row size); NaN is not."""
-    dot, *norms = sums
-    w, g = (square.sqrt().clamp(min=float(group["eps"])) for square in norms)
-    is_below: Tensor = dot.abs() / (w * g) < float(group["delta"]) / size**0.5
+    dot, *squares = sums
+    w, g = (square.clamp(min=float(group["eps"]) ** 2) for square in squares)
+    is_below: Tensor = dot * dot * size < float(group["delta"]) ** 2 * (w * g)
     return is_below
 
 

@@ -40,14 +40,9 @@ def rounded(x: float, dtype: torch.dtype) -> float:
 def is_orthogonal(sums: Tensor, size: int, delta: float) -> bool:
     """The decision of rules/projection.hpp, operation by operation."""
     across, grad, weight = sums.tolist()
-    if math.isnan(across + grad + weight):
-        return False
-    eps = rounded(EPS, torch.float32)
-    g, w = math.sqrt(grad), math.sqrt(weight)
-    length = max(w, eps) * max(g, eps)
-    if length == 0.0 or math.isinf(length):  # inf / inf, or 0 where a square was infinite
-        return not math.isinf(across) and math.isinf(length) and delta > 0.0
-    return abs(across) / length < delta / math.sqrt(size)
+    least = rounded(EPS, torch.float32) * rounded(EPS, torch.float32)
+    grad, weight = (least if square < least else square for square in (grad, weight))
+    return across * across * size < delta * delta * (weight * grad)
 
 
 def halved(x: Tensor) -> Tensor:

@@ -43,15 +43,15 @@ enum Sum { kGradWeight, kGradGrad, kWeightWeight, kDirectionWeight, kSums };
 constexpr int kBlockColumns = 16, kBlockRounds = 16;
 constexpr int64_t kBlock = kBlockColumns * kBlockRounds;
 
-// Whether gradient and weights of a row of `size` elements are nearly at right angles. False for
-// NaN.
+// Whether gradient and weights of a row of `size` elements are nearly at right angles: squares are
+// compared, without a root or a division. False for NaN.
 template <class Hyper>
 PYOPTIM_HD bool is_orthogonal(const Hyper& h, const double* sums, int64_t size) {
-  const double scale = std::fabs(static_cast<double>(h.sign)), eps = static_cast<double>(h.eps);
-  const double g = scale * std::sqrt(sums[kGradGrad]), w = std::sqrt(sums[kWeightWeight]);
-  const double cosine =
-      scale * std::fabs(sums[kGradWeight]) / ((w < eps ? eps : w) * (g < eps ? eps : g));
-  return cosine < static_cast<double>(h.delta) / std::sqrt(static_cast<double>(size));
+  const double sign = static_cast<double>(h.sign), across = sign * sums[kGradWeight];
+  const double eps = static_cast<double>(h.eps), delta = static_cast<double>(h.delta);
+  const double least = eps * eps, g = sign * sign * sums[kGradGrad], w = sums[kWeightWeight];
+  return across * across * static_cast<double>(size) <
+         delta * delta * ((w < least ? least : w) * (g < least ? least : g));
 }
 
 constexpr int kCheckSums = 3;  // the first of Sum
@@ -78,7 +78,7 @@ Angle judge(const Hyper& h, const double* sums, int64_t size) {
   const double least = static_cast<double>(size) * 0x1p-100;
   if (!(g >= least && w >= least && std::isfinite(g + w + product))) return Angle::unknown;
   const double low = 1.0 - kError, high = 1.0 + kError;
-  const double error = kError * high * std::sqrt(g) * std::sqrt(w);
+  const double error = kError * high * std::sqrt(g * w);
   const double widest[] = {product + error, g * low, w * low};
   if (is_orthogonal(h, widest, size)) return Angle::right;
   const double narrowest[] = {product > error ? product - error : 0.0, g * high, w * high};
