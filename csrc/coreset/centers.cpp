@@ -24,6 +24,16 @@ int64_t n_tasks(int64_t n, int64_t per_task) { return (n + per_task - 1) / per_t
 
 bool is_small(int64_t n, int64_t d) { return n * (d + 1) <= cpu::kSerialElements; }
 
+// In float32, with a vector of zeros behind it; empty where that is another number.
+std::vector<float> narrowed(const double* center, int64_t d) {
+  std::vector<float> narrow(d + 16);
+  for (int64_t k = 0; k < d; ++k) {
+    narrow[k] = static_cast<float>(center[k]);
+    if (static_cast<double>(narrow[k]) != center[k]) return {};
+  }
+  return narrow;
+}
+
 }  // namespace
 
 void pairwise(const Pairs& pairs) {
@@ -54,10 +64,13 @@ void pairwise(const Pairs& pairs) {
 Farthest step_center(const Rows& x, int64_t d, const double* center, double* min_sqdist) {
   const Kernels& kernels = active_kernels();
   const int64_t per_task = rows_per_task(d), tasks = n_tasks(x.n, per_task);
+  const std::vector<float> narrow = narrowed(center, d);
+  const float* const near_center = narrow.empty() ? nullptr : narrow.data();
   std::vector<CenterStep> steps(tasks);
   Guarded parts([&](int64_t t) {
     const int64_t begin = t * per_task, end = std::min(begin + per_task, x.n);
-    steps[t] = {x.data, x.dtype, x.stride, d, center, min_sqdist, begin, end, -1, -1, -1};
+    steps[t] = {x.data,     x.dtype, x.stride, d,  center, near_center,
+                min_sqdist, begin,   end,      -1, -1,     -1};
     kernels.step_center(&steps[t]);
   });
   parts.run(tasks, is_small(x.n, d));

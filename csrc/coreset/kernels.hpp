@@ -80,10 +80,11 @@ struct CenterStep {
   const void* data;
   DType dtype;
   int64_t stride, d;
-  const double* center;  // [d]
-  double* min_sqdist;    // updated in place
-  int64_t begin, end;    // rows
-  double largest;        // of the updated distances
+  const double* center;      // [d]
+  const float* near_center;  // the same, with 16 zeros behind it; null where float32 has it not
+  double* min_sqdist;        // updated in place
+  int64_t begin, end;        // rows
+  double largest;            // of the updated distances
   int64_t row;           // the lowest that has it, -1 when there is none
   int64_t nan_row;       // the first whose distance is no number, -1 when there is none
 };

@@ -618,15 +618,57 @@ double score(const void* x, const void* y, int64_t d) {
   return score_rows<kScore>(static_cast<const X*>(x), static_cast<const Y*>(y), d);
 }
 
+// A squared distance in float32, of numbers that float32 holds.
+template <class E>
+PYOPTIM_HD double rough_sqdist(const E* x, const float* center, int64_t d) {
+  constexpr int kWays = 4;
+  FloatV sums[kWays] = {};
+  const auto add = [&](const E* from, int64_t k, int way) {
+    const FloatV difference = load_vector(from) - load_vector(center + k);
+    sums[way] = multiply_add(difference, difference, sums[way]);
+  };
+  int64_t k = 0;
+  for (; k + kWays * kLanes <= d; k += kWays * kLanes) {
+#pragma GCC unroll 4
+    for (int way = 0; way < kWays; ++way) {
+      __builtin_prefetch(x + k + way * kLanes + kPrefetch);
+      add(x + k + way * kLanes, k + way * kLanes, way);
+    }
+  }
+  for (; k + kLanes <= d; k += kLanes) add(x + k, k, 0);
+  if (k < d) {
+    E tail[kLanes];
+    copy_tail(x + k, d - k, tail);
+    add(tail, k, 1);
+  }
+  return total(widen_floats((sums[0] + sums[1]) + (sums[2] + sums[3])));
+}
+
+// Most rows are farther from a new centre than from those before it, which a rough distance shows:
+// all its terms are positive, each passes at most d/kLanes + 16 roundings to float32, and one
+// between these limits has neither overflowed nor lost to underflow what matters.
+PYOPTIM_HD bool is_surely_above(double rough, double least, int64_t d) {
+  const double roundings = static_cast<double>(d / kLanes + 16);
+  return rough > 1e-20 && rough < 1e38 && rough * (1.0 - roundings * 0x1p-24) > least;
+}
+
 template <class E>
 void step_typed(CenterStep* work) {
   const E* const data = static_cast<const E*>(work->data);
   for (int64_t i = work->begin; i < work->end; ++i) {
     const E* const x = data + i * work->stride;
-    const double sqdist = score_rows<Score::sqdist>(x, work->center, work->d);
     double& least = work->min_sqdist[i];
-    if (sqdist != sqdist && work->nan_row < 0) work->nan_row = i;
-    if (sqdist < least) least = sqdist;
+    bool is_above = false;
+    if constexpr (!std::is_same_v<E, double>) {
+      if (work->near_center && least < __builtin_inf()) {
+        is_above = is_surely_above(rough_sqdist(x, work->near_center, work->d), least, work->d);
+      }
+    }
+    if (!is_above) {
+      const double sqdist = score_rows<Score::sqdist>(x, work->center, work->d);
+      if (sqdist != sqdist && work->nan_row < 0) work->nan_row = i;
+      if (sqdist < least) least = sqdist;
+    }
     if (least > work->largest) {
       work->largest = least;
       work->row = i;

@@ -4,6 +4,7 @@ The calls are those of the engine. Only the driver is not real, and the last ste
 `warmup`, which compiles for the same arguments.
 """
 
+import itertools
 import os
 import re
 import subprocess
@@ -81,8 +82,8 @@ def compile_calls(name: str, arch: int, call: Callable[[], None]) -> list[Code]:
         call()
     finally:
         launcher.launch = real
-    # Disassembling takes as long as compiling.
-    with_sass = arch == 90 and not name.startswith(("rmsprop", "prepare", "sums", "scores"))
+    # Disassembling takes as long as compiling: two rules show what ptxas makes of all.
+    with_sass = arch == 90 and name.startswith(("sgd.", "adam.", "line_", "filter"))
     return [read(f"sm_{arch} {name}", k.asm["cubin"], k.asm["ptx"], with_sass) for k in found]
 
 
@@ -106,24 +107,36 @@ def _run(tool: str, *args: str) -> str:
 # -- jobs, by name: they run in other processes ----------------------------------------------------
 
 
+def is_complete(arch: int) -> bool:
+    """Whether all kernels are compiled for it."""
+    return arch == 90 or os.environ.get("PYOPTIM_TRITON_AOT") == "all"
+
+
 def update_jobs(arch: int) -> list[UpdateJob]:
     """Every update kernel for sm_90, and for the other architectures those of two sets of dtypes,
-    or with PYOPTIM_TRITON_AOT=all every one.
+    one aligned and one not, or with PYOPTIM_TRITON_AOT=all every one.
 
     The rest would take two thirds of the time and has never differed in more than registers. The
     live factors and copies add the same instructions to every rule: one of them stands for all.
     """
-    is_all = os.environ.get("PYOPTIM_TRITON_AOT") == "all"
-    sets = ["f32", "bf16_state32"] if arch != 90 and not is_all else list(PLAIN_SETS)
+    kinds = [("f32", True), ("bf16_state32", False)]
+    if is_complete(arch):
+        kinds = list(itertools.product(PLAIN_SETS, (True, False)))
     jobs = [
-        (rule, variant, dtypes, is_aligned, False)
+        (rule, variant, *kind, False)
         for rule, module in engine.RULES.items()
         if not (hasattr(module, "projection") or rule.startswith("line_"))
         for variant in range(len(module.N_STATES))
-        for dtypes in sets
-        for is_aligned in (True, False)
+        for kind in kinds
     ]
-    return jobs + [("adam", 1, d, is_aligned, True) for d in sets for is_aligned in (True, False)]
+    return jobs + [("adam", 1, *kind, True) for kind in kinds]
+
+
+def array_jobs(arch: int) -> list[tuple[str, bool]]:
+    """Dtype, is aligned."""
+    if is_complete(arch):
+        return list(itertools.product(("f64", "f32", "bf16", "f16"), (True, False)))
+    return [("f32", True), ("bf16", False)]
 
 
 def line_jobs(arch: int) -> list[UpdateJob]:
@@ -256,7 +269,7 @@ def compile_others(arch: int) -> list[Code]:
 
 def filter_jobs(arch: int) -> list[FilterJob]:
     """They take long to compile: one stands for all but on sm_90."""
-    if arch != 90 and os.environ.get("PYOPTIM_TRITON_AOT") != "all":
+    if not is_complete(arch):
         return [("split", False)]
     return [("split", False), ("split", True), ("bfloat16", False), ("float16", False)]
 

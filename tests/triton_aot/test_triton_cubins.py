@@ -1,7 +1,6 @@
 """Every kernel compiles for every architecture, to machine code as good and as exact as meant."""
 
 import multiprocessing
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -15,8 +14,10 @@ from cubins import (
     ARCHS,
     CPU,
     Code,
+    array_jobs,
     compile_calls,
     filter_jobs,
+    is_complete,
     job_name,
     line_jobs,
     project_jobs,
@@ -45,11 +46,7 @@ def compiled() -> dict[str, list[Code]]:
         jobs += [("line", cubins.compile_line, (job, arch)) for job in line_jobs(arch)]
         jobs += [("project", cubins.compile_project, (job, arch)) for job in project_jobs(arch)]
         jobs += [("prepare", cubins.compile_prepare, (rule, arch)) for rule in engine.RULES]
-        jobs += [
-            ("arrays", cubins.compile_arrays, (dtype, is_aligned, arch))
-            for dtype in ("f64", "f32", "bf16", "f16")
-            for is_aligned in (True, False)
-        ]
+        jobs += [("arrays", cubins.compile_arrays, (*job, arch)) for job in array_jobs(arch)]
         jobs.append(("sums", cubins.compile_others, (arch,)))
         jobs += [("filter", cubins.compile_filter, (job, arch)) for job in filter_jobs(arch)]
     jobs += [("scores", cubins.compile_scores, (dtype, 90)) for dtype in (torch.float32,)]
@@ -111,8 +108,8 @@ def test_every_kernel_is_compiled_for_every_architecture(compiled: dict[str, lis
         if not (hasattr(rule, "projection") or name.startswith("line_"))
     ]
     n_variants = sum(len(rule.N_STATES) for rule in rules)
-    n_sets = 6 * len(ARCHS) if os.environ["PYOPTIM_TRITON_AOT"] == "all" else 6 + 2 * 3
-    assert len(compiled["update"]) == (n_variants + 1) * n_sets * 2
+    n_kinds = sum(12 if is_complete(arch) else 2 for arch in ARCHS)
+    assert len(compiled["update"]) == (n_variants + 1) * n_kinds
     assert len(compiled["line"]) == sum(len(line_jobs(arch)) for arch in ARCHS)
     assert len(compiled["prepare"]) == 2 * len(engine.RULES) * len(ARCHS)
     # Short rows are checked in one launch, long ones too; those are summed, folded and written.
@@ -120,7 +117,7 @@ def test_every_kernel_is_compiled_for_every_architecture(compiled: dict[str, lis
     n_unscaling = sum(job[-1] for arch in ARCHS for job in project_jobs(arch))
     n_jobs = sum(len(project_jobs(arch)) for arch in ARCHS)
     assert len(compiled["project"]) == n_phases * n_jobs + n_unscaling
-    assert len(compiled["arrays"]) == 4 * 5 * 2 * len(ARCHS)
+    assert len(compiled["arrays"]) == 5 * sum(len(array_jobs(arch)) for arch in ARCHS)
     assert len(compiled["filter"]) == sum(len(filter_jobs(arch)) for arch in ARCHS)
     assert len(compiled["scores"]) == 2 + 3 + 2 + 2 + 1
     assert len(compiled["sums"]) == (3 + 1 + 4 * 2 + 2) * len(ARCHS)
