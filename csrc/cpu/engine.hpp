@@ -70,15 +70,15 @@ constexpr int64_t kTaskElements = 64 * 1024;
 
 // How far ahead memory is asked for. On Sapphire Rapids, whose out-of-order window is too short for
 // this much arithmetic between the loads, 1024 raised a 20 M element AdamW step from 84 % to 96 %
-// of the same-mix loop (512: 92 %, 2048: 86 %); a Zen 4 prototype found 512 neutral and more than
-// 1024 harmful. On Zen 5 50 M elements of AdamP's update took 0.47 to 0.57 ns each with 512, 0.45
+// of the same-mix loop (512: 92 %, 2048: 86 %). Zen 4 asks best by itself: 0 took 16.4 ms for SGD on
+// 50 M elements, 512 took 20.8, 2048 19.4; with momentum 25, 29 and 27; AdamW 33, 34 and 37. On Zen 5 50 M elements of AdamP's update took 0.47 to 0.57 ns each with 512, 0.45
 // with 1024, 0.41 to 0.43 with 2048 and 0.44 to 0.47 with 4096; 25 M of line_step 0.61 with 512 and
 // 0.52 with 2048. Not set in the kernels' files: code that runs at load must be baseline code.
 extern const int64_t kPrefetchBytes;
 
 // Whether a norm adds four rounds of lanes per visit, or one. On Zen 5, which reads several streams
 // of one array badly, 30 M float32 took 0.165 to 0.25 ns each in fours and 0.093 to 0.127 in order;
-// in the second-level cache 0.049 to 0.052 either way.
+// in the second-level cache 0.049 to 0.052 either way. Zen 4: 0.25 in fours, 0.23 in order.
 extern const bool kAddsManyRounds;
 
 // Rows from here on are larger than the second-level cache with their gradient: what they write but
