@@ -52,10 +52,11 @@ class AdamP(ProjectingOptimizer):
     Raises: ValueError for an option out of range; RuntimeError for sparse gradients, and for shards
     with differentiable=True; BackendError if `backend` cannot run here, or names an engine and the
     parameter is a shard.
-    Source: Heo et al., arXiv:2006.08217, Algorithm 2. Differs from the authors' package: the sums
-    and the decision run in float64; rows are those of dimension 0 in every memory format; in the
-    kernels, a tensor that is projected as one row is projected after its result was stored, so
-    that the last bit may differ.
+    Source: Heo et al., arXiv:2006.08217, Algorithm 2. Differs from the authors' package: sums
+    of rows and decisions run in float64, the sums of the tensor as one row over 16 terms in the
+    parameter's precision (half types: float32) and from there on in float64; rows are those of
+    dimension 0 in every memory format; in the kernels, a tensor that is projected as one row is
+    projected after its result was stored, so that the last bit may differ.
     """
 
     rule = "adamp"

@@ -69,8 +69,8 @@ Farthest step_center(const Rows& x, int64_t d, const double* center, double* min
   std::vector<CenterStep> steps(tasks);
   Guarded parts([&](int64_t t) {
     const int64_t begin = t * per_task, end = std::min(begin + per_task, x.n);
-    steps[t] = {x.data,     x.dtype, x.stride, d,  center, near_center,
-                min_sqdist, begin,   end,      -1, -1,     -1};
+    steps[t] = {
+        x.data, x.dtype, x.stride, d, center, near_center, min_sqdist, begin, end, -1, -1, -1};
     kernels.step_center(&steps[t]);
   });
   parts.run(tasks, is_small(x.n, d));

@@ -85,8 +85,8 @@ struct CenterStep {
   double* min_sqdist;        // updated in place
   int64_t begin, end;        // rows
   double largest;            // of the updated distances
-  int64_t row;           // the lowest that has it, -1 when there is none
-  int64_t nan_row;       // the first whose distance is no number, -1 when there is none
+  int64_t row;               // the lowest that has it, -1 when there is none
+  int64_t nan_row;           // the first whose distance is no number, -1 when there is none
 };
 
 // Medians of columns of float32, bfloat16 or float16 rows.

@@ -31,17 +31,18 @@ struct Arrays {
         saved(static_cast<P*>(row.saved)),
         master(static_cast<W*>(row.master)) {}
 
-  // Of the elements from n on.
+  // Of the elements from n on. Arrays that are not there, or of no elements, are null.
   PYOPTIM_HD Arrays moved(int64_t n) const {
+    const auto move = [n](auto* from) { return from ? from + n : from; };
     Arrays at = *this;
-    at.param += n;
-    at.source += n;
-    at.grad += n;
-    if (s0) at.s0 += n;
-    if (s1) at.s1 += n;
-    if (s2) at.s2 += n;
-    if (saved) at.saved += n;
-    if (master) at.master += n;
+    at.param = move(param);
+    at.source = move(source);
+    at.grad = move(grad);
+    at.s0 = move(s0);
+    at.s1 = move(s1);
+    at.s2 = move(s2);
+    at.saved = move(saved);
+    at.master = move(master);
     return at;
   }
 

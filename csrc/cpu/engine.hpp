@@ -70,10 +70,11 @@ constexpr int64_t kTaskElements = 64 * 1024;
 
 // How far ahead memory is asked for. On Sapphire Rapids, whose out-of-order window is too short for
 // this much arithmetic between the loads, 1024 raised a 20 M element AdamW step from 84 % to 96 %
-// of the same-mix loop (512: 92 %, 2048: 86 %). Zen 4 asks best by itself: 0 took 16.4 ms for SGD on
-// 50 M elements, 512 took 20.8, 2048 19.4; with momentum 25, 29 and 27; AdamW 33, 34 and 37. On Zen 5 50 M elements of AdamP's update took 0.47 to 0.57 ns each with 512, 0.45
-// with 1024, 0.41 to 0.43 with 2048 and 0.44 to 0.47 with 4096; 25 M of line_step 0.61 with 512 and
-// 0.52 with 2048. Not set in the kernels' files: code that runs at load must be baseline code.
+// of the same-mix loop (512: 92 %, 2048: 86 %). Zen 4 asks best by itself: 0 took 16.4 ms for SGD
+// on 50 M elements, 512 took 20.8, 2048 19.4; with momentum 25, 29 and 27; AdamW 33, 34 and 37. On
+// Zen 5 50 M elements of AdamP's update took 0.47 to 0.57 ns each with 512, 0.45 with 1024, 0.41 to
+// 0.43 with 2048 and 0.44 to 0.47 with 4096; 25 M of line_step 0.61 with 512 and 0.52 with 2048.
+// Not set in the kernels' files: code that runs at load must be baseline code.
 extern const int64_t kPrefetchBytes;
 
 // Whether a norm adds four rounds of lanes per visit, or one. On Zen 5, which reads several streams

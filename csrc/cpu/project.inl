@@ -282,11 +282,8 @@ class Blocks {
 // single elements, and folds the sums of rules/projection.hpp's blocks to `sums`. Memory is asked
 // for as in for_elements.
 template <class P, class S, class Body>
-PYOPTIM_HD void for_blocks(int64_t n,
-                           const Body& body,
-                           const Arrays<P, S>& own,
-                           const Arrays<P, S>& next,
-                           double* sums) {
+PYOPTIM_HD void for_blocks(
+    int64_t n, const Body& body, const Arrays<P, S>& own, const Arrays<P, S>& next, double* sums) {
   using T = typename Compute<P>::type;
   using X = typename VectorOf<T>::type;
   constexpr int kCount = Body::kCount, kVectors = kBlockColumns * sizeof(T) / kVectorBytes;
@@ -311,7 +308,8 @@ PYOPTIM_HD void for_blocks(int64_t n,
     for (int v = 0; v < kVectors; ++v) {
       if (v < vectors) body.step(i + v * kWidth, &of_columns[v]);
 #pragma GCC unroll 4
-      for (int k = 0; k < kCount; ++k) put(to + k * kBlockColumns + v * kWidth, of_columns[v].of[k]);
+      for (int k = 0; k < kCount; ++k)
+        put(to + k * kBlockColumns + v * kWidth, of_columns[v].of[k]);
     }
     i += vectors * kWidth;
     for (; i < block_end; ++i) {
