@@ -94,6 +94,29 @@ def test_distances_do_not_depend_on_threads_isa_or_layout(dtype: torch.dtype) ->
         assert torch.equal(got[1], want[1])
 
 
+@parametrize_isas
+@pytest.mark.parametrize("d", [1, 3, 16, 65, 300, 5000])
+@pytest.mark.parametrize("scale", [1.0, 1e-10, 1e-18, 1e15, 1e18])
+def test_a_centre_that_is_hardly_nearer_is_noticed(isa: str, d: int, scale: float) -> None:
+    """By less than float32 tells: the second centre is the first with other last bits."""
+    assert NATIVE
+    NATIVE.set_isa(isa)
+    x, first = normal(200, d) * scale, normal(1, d, seed=1)[0] * scale
+    directions = torch.where(normal(1, d, seed=2)[0] > 0, torch.inf, -torch.inf)
+    second = first.nextafter(directions.float())
+    alone = []
+    for center in (first, second):
+        distances = CenterDistances(x)
+        distances.add(center)
+        alone.append(distances.sqdist.clone())
+    assert (alone[1] < alone[0]).any()
+    assert (alone[1] > alone[0]).any()
+    distances = CenterDistances(x)
+    distances.add(first)
+    distances.add(second)
+    assert torch.equal(distances.sqdist, torch.minimum(*alone))
+
+
 @parametrize_backends
 def test_of_equally_far_rows_the_lowest_is_found(name: str) -> None:
     x = torch.zeros(70_000, 4)
