@@ -306,6 +306,36 @@ class _Part:
     serial: int = field(default_factory=lambda: next(_serials))
 
 
+@dataclass(frozen=True)
+class Given:
+    """What `update` is given, whatever the rule."""
+
+    rule: str
+    variant: int
+    dtypes: str
+    device: torch.device
+    addresses: bytes
+    numels: bytes
+    hyper_index: bytes
+    hypers: bytes
+    live_hypers: Tensor | None
+    inv_scale: float
+    grad_scale: Tensor | None
+    clip: float
+    clip_at: Tensor | None
+    found_inf: Tensor | None
+    cache: dict[Any, Any]
+    has_sources: bool
+
+    @property
+    def unscales(self) -> bool:
+        return self.grad_scale is not None or self.inv_scale != 1.0
+
+    @property
+    def clips(self) -> bool:
+        return self.clip_at is not None or self.clip != 1.0
+
+
 def update(
     rule: str,
     variant: int,
@@ -345,62 +375,47 @@ def update(
             rows.
         saved, sums: of a rule that yields terms, as for `terms.update`.
     """
-    given = (
+    given = Given(
         *(rule, variant, dtypes, device, addresses, numels, hyper_index, hypers, live_hypers),
         *(inv_scale, grad_scale, clip, clip_at, found_inf, cache, has_sources),
     )
     if hasattr(RULES[rule], "projection"):
         from pyoptim.kernels import project
 
-        project.update(*given, rows)
+        project.update(given, rows)
     elif hasattr(RULES[rule], "point"):
         from pyoptim.kernels import terms
 
-        terms.update(*given, saved, sums)
+        terms.update(given, saved, sums)
     else:
-        _update_elements(*given)
+        _update_elements(given)
 
 
-def _update_elements(
-    rule: str,
-    variant: int,
-    dtypes: str,
-    device: torch.device,
-    addresses: bytes,
-    numels: bytes,
-    hyper_index: bytes,
-    hypers: bytes,
-    live_hypers: Tensor | None,
-    inv_scale: float,
-    grad_scale: Tensor | None,
-    clip: float,
-    clip_at: Tensor | None,
-    found_inf: Tensor | None,
-    cache: dict[Any, Any],
-    has_sources: bool,
-) -> None:
+def _update_elements(given: Given) -> None:
     """As `update`, of a rule that is a function of one element."""
-    of_rule, types = RULES[rule], DTYPES[dtypes]
-    n_arrays = 2 + of_rule.N_STATES[variant] + has_sources
-    table = np.frombuffer(addresses, np.int64).reshape(n_arrays, -1)
+    of_rule, types = RULES[given.rule], DTYPES[given.dtypes]
+    device, cache, has_sources = given.device, given.cache, given.has_sources
+    n_arrays = 2 + of_rule.N_STATES[given.variant] + has_sources
+    table = np.frombuffer(given.addresses, np.int64).reshape(n_arrays, -1)
     with launcher.on(device):
-        blocks, hyper_index = hyper_blocks(cache, device, types, hyper_index, hypers, live_hypers)
+        blocks, hyper_index = hyper_blocks(given)
         sizes = [types.bytes_of(i) for i in range(n_arrays - has_sources)]
         sizes += [types.source.primitive_bitwidth // 8] * has_sources
-        for part in parts_of(cache, types, table, sizes, numels, hyper_index, CHUNK):
+        for part in parts_of(cache, types, table, sizes, given.numels, hyper_index, CHUNK):
             launcher.launch(
                 *(update_kernel, (part.n_chunks,)),
-                *tables_of(cache, device, part, table, addresses),
+                *tables_of(cache, device, part, table, given.addresses),
                 *(len(part.rows), part.n_chunks, blocks),
-                *(bits_of(inv_scale), grad_scale, bits_of(clip), clip_at, found_inf),
-                UNSCALES=grad_scale is not None or inv_scale != 1.0,
-                CLIPS=clip_at is not None or clip != 1.0,
+                *(bits_of(given.inv_scale), given.grad_scale),
+                *(bits_of(given.clip), given.clip_at, given.found_inf),
+                UNSCALES=given.unscales,
+                CLIPS=given.clips,
                 UPDATE=of_rule.update,
                 HAS_SOURCES=has_sources,
                 HAS_MASTER=types.has_master,
                 BLOCK=BLOCK // (2 if types.compute == tl.float64 else 1),
                 CHUNK=CHUNK,
-                **constants_of(of_rule, variant, types, part.vector),
+                **constants_of(of_rule, given.variant, types, part.vector),
             )
 
 
@@ -411,20 +426,14 @@ def add_up(sums: Tensor, n: int, total: Tensor) -> None:
     reduce.norms(1, sums.view(torch.float64), [n], total.view(1))
 
 
-def hyper_blocks(
-    cache: dict[Any, Any],
-    device: torch.device,
-    types: DTypes,
-    hyper_index: bytes,
-    hypers: bytes,
-    live_hypers: Tensor | None,
-) -> tuple[Tensor, bytes]:
+def hyper_blocks(given: Given) -> tuple[Tensor, bytes]:
     """The blocks in the type of the arithmetic, and which one each row has; empty: its own."""
-    if live_hypers is not None:
-        return live_hypers.view(types.compute_torch), b""
-    source = np.frombuffer(hypers, np.uint8)
-    blocks = upload(cache, "hypers", device, hypers, source.copy)
-    return blocks.view(types.compute_torch), hyper_index
+    compute = DTYPES[given.dtypes].compute_torch
+    if given.live_hypers is not None:
+        return given.live_hypers.view(compute), b""
+    source = np.frombuffer(given.hypers, np.uint8)
+    blocks = upload(given.cache, "hypers", given.device, given.hypers, source.copy)
+    return blocks.view(compute), given.hyper_index
 
 
 def constants_of(of_rule: Any, variant: int, types: DTypes, vector: int) -> dict[str, Any]:

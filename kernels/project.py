@@ -19,7 +19,14 @@ from torch import Tensor
 
 from pyoptim.kernels import engine, launcher
 from pyoptim.kernels.elements import narrow, widen
-from pyoptim.kernels.engine import factor_of, inverse_of, pointer_to, pointers_of
+from pyoptim.kernels.engine import (
+    Given,
+    factor_of,
+    hyper_blocks,
+    inverse_of,
+    pointer_to,
+    pointers_of,
+)
 from pyoptim.kernels.launcher import Array, bits_of, upload
 
 LANE_STEPS = 10
@@ -110,15 +117,17 @@ def _arrays(
 @triton.jit
 def _hyper(
     hypers,
-    index,
+    tensors,
+    n,
+    t,
     clip_bits,
     clip_at,
     N_FIELDS: tl.constexpr,
     HYPER_STRIDE: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """The fields of a block, the sign multiplied by the clip factor as for the CPU engine."""
-    block = hypers + index * HYPER_STRIDE
+    """The fields of tensor t's block, the sign multiplied by the clip factor as on the CPU."""
+    block = hypers + _field(tensors, n, 5, t) * HYPER_STRIDE
     hyper = (tl.load(block) * factor_of(clip_bits, clip_at, COMPUTE),)
     for i in tl.static_range(1, N_FIELDS):
         hyper += (tl.load(block + i),)
@@ -276,8 +285,7 @@ def check_short_kernel(
     t, begin, end, n_rows, row_size, inner, _n_chunks = _items(
         programs, n_programs, tensors, n, found_inf, CHUNK
     )
-    index = _field(tensors, n, 5, t)
-    hyper = _hyper(hypers, index, clip_bits, clip_at, N_FIELDS, HYPER_STRIDE, COMPUTE)
+    hyper = _hyper(hypers, tensors, n, t, clip_bits, clip_at, N_FIELDS, HYPER_STRIDE, COMPUTE)
     eps, _, _, _, delta = PROJECTION(hyper)
     arrays = _arrays(addresses, n, t, 0, SOURCE, 0, PARAM, PARAM, 1)
     for first in range(begin, end, ROWS):
@@ -336,8 +344,7 @@ def check_kernel(
     t, begin, end, n_rows, row_size, inner, n_chunks = _items(
         programs, n_programs, tensors, n, found_inf, CHUNK
     )
-    index = _field(tensors, n, 5, t)
-    hyper = _hyper(hypers, index, clip_bits, clip_at, N_FIELDS, HYPER_STRIDE, COMPUTE)
+    hyper = _hyper(hypers, tensors, n, t, clip_bits, clip_at, N_FIELDS, HYPER_STRIDE, COMPUTE)
     eps, _, _, _, delta = PROJECTION(hyper)
     lanes = tl.arange(0, LANES)
     for item in range(begin, end):
@@ -407,8 +414,7 @@ def fold_kernel(
     row = tl.load(programs + n_programs + tl.program_id(0))
     row_size = _field(tensors, n, 0, t) // _field(tensors, n, 1, t)
     n_chunks = (row_size + CHUNK - 1) // CHUNK
-    index = _field(tensors, n, 5, t)
-    hyper = _hyper(hypers, index, clip_bits, clip_at, N_FIELDS, HYPER_STRIDE, COMPUTE)
+    hyper = _hyper(hypers, tensors, n, t, clip_bits, clip_at, N_FIELDS, HYPER_STRIDE, COMPUTE)
     eps, _, _, _, delta = PROJECTION(hyper)
     of_tensor = sums + _field(tensors, n, 3, t) * TILE_SUMS
     if _active(found_inf, 1) * (tl.load(failed + t) == 0).to(tl.int32) > 0:
@@ -461,8 +467,7 @@ def rows_short_kernel(
         programs, n_programs, tensors, n, found_inf, CHUNK
     )
     if tl.load(failed + t) == 0:
-        index = _field(tensors, n, 5, t)
-        hyper = _hyper(hypers, index, clip_bits, clip_at, N_FIELDS, HYPER_STRIDE, COMPUTE)
+        hyper = _hyper(hypers, tensors, n, t, clip_bits, clip_at, N_FIELDS, HYPER_STRIDE, COMPUTE)
         eps, step_size, _, decay, _ = PROJECTION(hyper)
         arrays = _arrays(addresses, n, t, 0, SOURCE, N_STATES, PARAM, STATE, 1)
         for first in range(begin, end, ROWS):
@@ -582,11 +587,12 @@ def _average_item(
 
 
 @triton.jit
-def _keep_sums(of_tensor, item, n_chunks, ww, wu):
-    """For fold_kernel, of a row of several chunks."""
+def _radial_of_item(of_tensor, item, n_chunks, ww, wu, eps):
+    """Of a row of one chunk; of several the sums are kept for fold_kernel."""
     if n_chunks > 1:
         tl.store(of_tensor + 2 * item, ww)
         tl.store(of_tensor + 2 * item + 1, wu)
+    return _radial_part(ww, wu, eps)
 
 
 @triton.jit
@@ -667,8 +673,7 @@ def rows_kernel(
         programs, n_programs, tensors, n, found_inf, CHUNK
     )
     if tl.load(failed + t) == 0:
-        index = _field(tensors, n, 5, t)
-        hyper = _hyper(hypers, index, clip_bits, clip_at, N_FIELDS, HYPER_STRIDE, COMPUTE)
+        hyper = _hyper(hypers, tensors, n, t, clip_bits, clip_at, N_FIELDS, HYPER_STRIDE, COMPUTE)
         eps, _, _, _, _ = PROJECTION(hyper)
         of_tensor = sums + _field(tensors, n, 3, t) * TILE_SUMS
         of_rows = of_tensor + ITEM_SUMS * _field(tensors, n, 4, t)
@@ -684,8 +689,7 @@ def rows_kernel(
                     *(arrays, at, size, row, n_rows, inner, hyper),
                     *(AVERAGE, DIRECTION, V, N_STATES, STATE, VECTOR, STEPS),
                 )
-                radial = _radial_part(ww, wu, eps)
-                _keep_sums(of_tensor, row * n_chunks + chunk, n_chunks, ww, wu)
+                radial = _radial_of_item(of_tensor, row * n_chunks + chunk, n_chunks, ww, wu, eps)
             if IS_WRITE or n_chunks == 1:
                 tl.debug_barrier()  # what other threads stored is read again
                 _write_item(
@@ -744,6 +748,15 @@ def _sweep(
     return gw, gg, ww + _short_product(p, p, mask), wu + _short_product(u, p, mask)
 
 
+@triton.jit
+def _store_sums(to, gw, gg, ww, wu, STEPS: tl.constexpr):
+    """Of a tile: of its blocks' columns, in float64."""
+    tl.store(to, _halve_one(gw.to(tl.float64), STEPS))
+    tl.store(to + 1, _halve_one(gg.to(tl.float64), STEPS))
+    tl.store(to + 2, _halve_one(ww.to(tl.float64), STEPS))
+    tl.store(to + 3, _halve_one(wu.to(tl.float64), STEPS))
+
+
 @triton.jit(
     do_not_specialize=["n", "n_programs", "clip_bits"], do_not_specialize_on_alignment=UNALIGNED
 )
@@ -780,8 +793,7 @@ def sweep_kernel(
     t, number, start, size = _tile(programs, n_programs, tensors, n, found_inf, CHUNK)
     if (tl.load(failed + t) != 0) & (size > 0):
         has_rows = _field(tensors, n, 1, t) > 0
-        index = _field(tensors, n, 5, t)
-        hyper = _hyper(hypers, index, clip_bits, clip_at, N_FIELDS, HYPER_STRIDE, COMPUTE)
+        hyper = _hyper(hypers, tensors, n, t, clip_bits, clip_at, N_FIELDS, HYPER_STRIDE, COMPUTE)
         _, _, decay, _, _ = PROJECTION(hyper)
         writes_param = (has_rows & _is_deferred(decay)) == 0
         arrays = _arrays(addresses, n, t, start, SOURCE, N_STATES, PARAM, STATE, VECTOR)
@@ -806,10 +818,7 @@ def sweep_kernel(
                 )
         if has_rows:
             to = sums + _field(tensors, n, 3, t) * TILE_SUMS + 4 * number
-            tl.store(to, _halve_one(gw.to(tl.float64), STEPS))
-            tl.store(to + 1, _halve_one(gg.to(tl.float64), STEPS))
-            tl.store(to + 2, _halve_one(ww.to(tl.float64), STEPS))
-            tl.store(to + 3, _halve_one(wu.to(tl.float64), STEPS))
+            _store_sums(to, gw, gg, ww, wu, STEPS)
 
 
 @triton.jit(do_not_specialize=["n", "clip_bits"], do_not_specialize_on_alignment=UNALIGNED)
@@ -835,8 +844,7 @@ def decide_kernel(
     numel = _field(tensors, n, 0, t)
     has_layer = (_field(tensors, n, 1, t) > 0) & (tl.load(failed + t) != 0) & (numel > 0)
     if _active(found_inf, has_layer.to(tl.int32)) > 0:
-        index = _field(tensors, n, 5, t)
-        hyper = _hyper(hypers, index, clip_bits, clip_at, N_FIELDS, HYPER_STRIDE, COMPUTE)
+        hyper = _hyper(hypers, tensors, n, t, clip_bits, clip_at, N_FIELDS, HYPER_STRIDE, COMPUTE)
         eps, step_size, decay, projected_decay, delta = PROJECTION(hyper)
         first = sums + _field(tensors, n, 3, t) * TILE_SUMS
         n_tiles = _field(tensors, n, 4, t)
@@ -927,8 +935,7 @@ def write_kernel(
 ):
     LANES: tl.constexpr = 1 << STEPS
     t, _number, start, size = _tile(programs, n_programs, tensors, n, found_inf, CHUNK)
-    index = _field(tensors, n, 5, t)
-    hyper = _hyper(hypers, index, clip_bits, clip_at, N_FIELDS, HYPER_STRIDE, COMPUTE)
+    hyper = _hyper(hypers, tensors, n, t, clip_bits, clip_at, N_FIELDS, HYPER_STRIDE, COMPUTE)
     _, _, decay, _, _ = PROJECTION(hyper)
     projects = tl.load(is_layer + t) != 0
     if (tl.load(failed + t) != 0) & (projects | _is_deferred(decay)) & (size > 0):
@@ -1092,56 +1099,42 @@ def _shares(tensor: int, begin: int, end: int, n: int) -> Array:
 class _Step:
     """One update: its tables and memory on the device, and the launches of its phases."""
 
-    def __init__(
-        self,
-        rule: str,
-        variant: int,
-        dtypes: str,
-        device: torch.device,
-        plan: _Plan,
-        addresses: bytes,
-        blocks: Tensor,
-        clip: float,
-        clip_at: Tensor | None,
-        found_inf: Tensor | None,
-        cache: dict[Any, Any],
-        has_sources: bool,
-    ) -> None:
-        self.rule, self.types = engine.RULES[rule], engine.DTYPES[dtypes]
-        self.variant, self.device, self.plan, self.cache = variant, device, plan, cache
-        self.source = 2 + self.rule.N_STATES[variant] if has_sources else 0
-        n = plan.tensors.shape[1]
+    def __init__(self, given: Given, plan: _Plan, blocks: Tensor) -> None:
+        self.given, self.plan = given, plan
+        self.rule, self.types = engine.RULES[given.rule], engine.DTYPES[given.dtypes]
+        self.source = 2 + self.rule.N_STATES[given.variant] if given.has_sources else 0
+        n, addresses = plan.tensors.shape[1], given.addresses
         self.addresses = self._upload("addresses", np.frombuffer(addresses, np.int64), addresses)
         self.tensors = self._upload("tensors", plan.tensors.reshape(-1)), n
-        blocks = blocks.view(self.types.compute_torch)
-        self.hypers = blocks, bits_of(clip), clip_at, found_inf
+        self.hypers = blocks, bits_of(given.clip), given.clip_at, given.found_inf
         self.sums, self.layer, flags = self._memory(n)
         self.failed, self.is_layer = flags[:n], flags[n:]
         flags.copy_(self._upload("flags", plan.flags.reshape(-1)))
 
     def _upload(self, name: str, array: Array, more: object = None) -> Tensor:
         key = (self.plan.serial, more)
-        return upload(self.cache, f"project {name}", self.device, key, array.copy)
+        return upload(self.given.cache, f"project {name}", self.given.device, key, array.copy)
 
     def _memory(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
         """(sums, layer, flags); a captured graph may use it as long as the cache lives."""
         n_sums, n_bytes = TILE_SUMS * self.plan.n_tiles, 0
         n_bytes = 8 * (n_sums + 2 * n) + 4 * 2 * n
-        made = self.cache.setdefault("project memory", [])
+        made = self.given.cache.setdefault("project memory", [])
         if not made or made[-1].numel() < n_bytes:
             size = 1 << (n_bytes - 1).bit_length()
-            made.append(torch.empty(size, dtype=torch.uint8, device=self.device))
+            made.append(torch.empty(size, dtype=torch.uint8, device=self.given.device))
         doubles = made[-1][: 8 * (n_sums + 2 * n)].view(torch.float64)
         flags = made[-1][8 * (n_sums + 2 * n) : n_bytes].view(torch.int32)
         return doubles[:n_sums], doubles[n_sums:], flags
 
     # -- phases ------------------------------------------------------------------------------------
 
-    def unscale(self, inv_scale: float, grad_scale: Tensor | None) -> None:
+    def unscale(self) -> None:
         for vector, programs in self.plan.tiles.items():
             launcher.launch(
                 *(unscale_kernel, (len(programs),), self.addresses, *self.tensors),
-                *(*self._table(programs), bits_of(inv_scale), grad_scale, self.hypers[-1]),
+                *(*self._table(programs), bits_of(self.given.inv_scale), self.given.grad_scale),
+                self.hypers[-1],
                 PARAM=self.types.param,
                 COMPUTE=self.types.compute,
                 VECTOR=vector,
@@ -1240,10 +1233,10 @@ class _Step:
         return {
             "AVERAGE": self.rule.average,
             "DIRECTION": self.rule.direction,
-            "V": self.variant,
-            "N_STATES": self.rule.N_STATES[self.variant],
-            "READS_GRAD": self.rule.READS_GRAD[self.variant],
-            "PROJECTS_BUFFER": self.rule.PROJECTS_BUFFER[self.variant],
+            "V": self.given.variant,
+            "N_STATES": self.rule.N_STATES[self.given.variant],
+            "READS_GRAD": self.rule.READS_GRAD[self.given.variant],
+            "PROJECTS_BUFFER": self.rule.PROJECTS_BUFFER[self.given.variant],
             "PARAM": self.types.param,
             "SOURCE": self.source,
             "STATE": self.types.state,
@@ -1254,60 +1247,34 @@ class _Step:
         return {"STEPS": LANE_STEPS, "CHUNK": CHUNK}
 
 
-def update(
-    rule: str,
-    variant: int,
-    dtypes: str,
-    device: torch.device,
-    addresses: bytes,
-    numels: bytes,
-    hyper_index: bytes,
-    hypers: bytes,
-    live_hypers: Tensor | None,
-    inv_scale: float,
-    grad_scale: Tensor | None,
-    clip: float,
-    clip_at: Tensor | None,
-    found_inf: Tensor | None,
-    cache: dict[Any, Any],
-    has_sources: bool,
-    rows: bytes,
-) -> None:
+def update(given: Given, rows: bytes) -> None:
     """As engine.update, of a rule that projects.
 
     Args:
         rows: int64 [2][n]: TableRow::n_rows and inner; empty: all 0.
     """
-    types = engine.DTYPES[dtypes]
-    n_arrays = 2 + engine.RULES[rule].N_STATES[variant]
-    table = np.frombuffer(addresses, np.int64).reshape(n_arrays + has_sources, -1)
-    numel = np.frombuffer(numels, np.int64)
+    types, has_sources = engine.DTYPES[given.dtypes], given.has_sources
+    n_arrays = 2 + engine.RULES[given.rule].N_STATES[given.variant]
+    table = np.frombuffer(given.addresses, np.int64).reshape(n_arrays + has_sources, -1)
+    numel = np.frombuffer(given.numels, np.int64)
     if not numel.any():
         return
-    is_live = live_hypers is not None
     sizes = [types.bytes_of(i) for i in range(n_arrays)] + [types.bytes_of(0)] * has_sources
     most = min(types.vector, LANES // (32 * NUM_WARPS))
     vector = np.where((table % (most * np.array(sizes)[:, None]) == 0).all(axis=0), most, 1)
-    key = (types, numels, rows, b"" if is_live else hyper_index, vector.tobytes())
-    if cache.get("project plan", (None,))[0] != key:
-        index = np.arange(len(numel)) if is_live else np.frombuffer(hyper_index, np.int32)
-        n_rows, inner = np.frombuffer(rows or bytes(16 * len(numel)), np.int64).reshape(2, -1)
-        cache["project plan"] = key, _plan(numel, n_rows, inner, index, vector)
-    with launcher.on(device):
-        blocks = live_hypers
-        if blocks is None:
-            source = np.frombuffer(hypers, np.uint8)
-            blocks = upload(cache, "hypers", device, hypers, source.copy)
-        plan = cache["project plan"][1]
-        step = _Step(
-            *(rule, variant, dtypes, device, plan, addresses),
-            *(blocks, clip, clip_at, found_inf, cache, has_sources),
-        )
-        if grad_scale is not None or inv_scale != 1.0:
-            step.unscale(inv_scale, grad_scale)
+    with launcher.on(given.device):
+        blocks, hyper_index = hyper_blocks(given)
+        key = (types, given.numels, rows, hyper_index, vector.tobytes())
+        if given.cache.get("project plan", (None,))[0] != key:
+            index = np.frombuffer(hyper_index, np.int32) if hyper_index else np.arange(len(numel))
+            n_rows, inner = np.frombuffer(rows or bytes(16 * len(numel)), np.int64).reshape(2, -1)
+            given.cache["project plan"] = key, _plan(numel, n_rows, inner, index, vector)
+        step = _Step(given, given.cache["project plan"][1], blocks)
+        if given.unscales:
+            step.unscale()
         step.check()
         step.sweep()
         step.update_rows()
-        if plan.row_tiles:
+        if step.plan.row_tiles:
             step.decide()
             step.write()

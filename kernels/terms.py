@@ -6,8 +6,6 @@ Semantics: struct Update in csrc/cuda/api.hpp.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 import triton
@@ -18,6 +16,7 @@ from pyoptim.kernels import launcher, reduce
 from pyoptim.kernels.elements import narrow, widen
 from pyoptim.kernels.engine import (
     DTYPES,
+    Given,
     constants_of,
     factor_of,
     hyper_at,
@@ -125,61 +124,43 @@ def terms_kernel(
         tl.store(to, halve(total), mask=is_made)
 
 
-def update(
-    rule: str,
-    variant: int,
-    dtypes: str,
-    device: torch.device,
-    addresses: bytes,
-    numels: bytes,
-    hyper_index: bytes,
-    hypers: bytes,
-    live_hypers: Tensor | None,
-    inv_scale: float,
-    grad_scale: Tensor | None,
-    clip: float,
-    clip_at: Tensor | None,
-    found_inf: Tensor | None,
-    cache: dict[Any, Any],
-    has_sources: bool,
-    saved: bytes,
-    sums: Tensor | None,
-) -> None:
+def update(given: Given, saved: bytes, sums: Tensor | None) -> None:
     """Updates rows of a rule that yields terms, on torch's current stream.
 
     Args:
         saved: int64 [2][n]: addresses that take what is read of the parameter, or 0 where nothing
             does, and where in the sums those of a row begin.
         sums: uint8 on `device`, takes as float64 the sum of the terms of every chunk; or None.
-        Others as for `engine.update`.
 
     Raises:
         ValueError: gradients would be unscaled, which is to write them.
     """
-    if grad_scale is not None or inv_scale != 1.0:
-        raise ValueError(f"an update of rule {rule} cannot unscale gradients")
-    of_rule, types = RULES[rule], DTYPES[dtypes]
-    n_states = of_rule.N_STATES[variant]
-    table = np.frombuffer(addresses, np.int64).reshape(2 + n_states + has_sources, -1)
+    if given.unscales:
+        raise ValueError(f"an update of rule {given.rule} cannot unscale gradients")
+    of_rule, types = RULES[given.rule], DTYPES[given.dtypes]
+    device, cache, n_states = given.device, given.cache, of_rule.N_STATES[given.variant]
+    table = np.frombuffer(given.addresses, np.int64)
+    table = table.reshape(2 + n_states + given.has_sources, -1)
     kept, first_chunk = np.frombuffer(saved, np.int64).reshape(2, -1)
-    source = table[-1] if has_sources else table[0]
+    source = table[-1] if given.has_sources else table[0]
     table = np.concatenate([table[: 2 + n_states], [source, kept]])
     sizes = [types.bytes_of(i) for i in range(2 + n_states)]
     sizes += [types.source.primitive_bitwidth // 8, types.bytes_of(0)]
     with launcher.on(device):
-        blocks, hyper_index = hyper_blocks(cache, device, types, hyper_index, hypers, live_hypers)
-        columns = (numels, hyper_index, reduce.CHUNK, first_chunk.tobytes())
+        blocks, hyper_index = hyper_blocks(given)
+        columns = (given.numels, hyper_index, reduce.CHUNK, first_chunk.tobytes())
         for part in parts_of(cache, types, table, sizes, *columns):
             launcher.launch(
                 *(terms_kernel, (part.n_chunks,)),
                 *tables_of(cache, device, part, table, table.tobytes()),
-                *(len(part.rows), part.n_chunks, blocks, bits_of(clip), clip_at, found_inf),
+                *(len(part.rows), part.n_chunks, blocks),
+                *(bits_of(given.clip), given.clip_at, given.found_inf),
                 None if sums is None else sums.view(torch.float64),
                 POINT=of_rule.point,
-                CLIPS=clip_at is not None or clip != 1.0,
+                CLIPS=given.clips,
                 SAVES=bool(kept[part.rows].any()),
                 LANES=reduce.LANES,
                 CHUNK=reduce.CHUNK,
                 num_warps=NUM_WARPS,
-                **constants_of(of_rule, variant, types, part.vector),
+                **constants_of(of_rule, given.variant, types, part.vector),
             )

@@ -89,9 +89,6 @@ struct Products {
       }
     }
   }
-  PYOPTIM_HD void add(const Products& other) {
-    for_each([&](int k, int part) { of[k][part] += other.of[k][part]; });
-  }
   PYOPTIM_HD void load(const double* from) {
     for_each([&](int k, int part) { get(from + (k * kParts + part) * kStep, &of[k][part]); });
   }

@@ -29,17 +29,6 @@ PYOPTIM_HD DoubleV add_product(DoubleV sum, DoubleV x, DoubleV y) {
   return sum + x * y;
 }
 
-// x*y + sum, with one rounding or two: where either will do.
-PYOPTIM_HD FloatV fused_or_not(FloatV x, FloatV y, FloatV sum) {
-#if defined(__AVX512F__)
-  return (FloatV)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)sum);
-#elif defined(__FMA__)
-  return (FloatV)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)sum);
-#else
-  return sum + x * y;
-#endif
-}
-
 template <Fold kFold, class X>
 PYOPTIM_HD X fold_two(X a, X b) {
   if constexpr (kFold == Fold::maximum) return max_keep_nan(a, b);

@@ -44,7 +44,8 @@ constexpr int kBlockColumns = 16, kBlockRounds = 16;
 constexpr int64_t kBlock = kBlockColumns * kBlockRounds;
 
 // Whether gradient and weights of a row of `size` elements are nearly at right angles: squares are
-// compared, without a root or a division. False for NaN.
+// compared, without a root or a division. False for NaN, and in float64 where |g||w| is beyond
+// 1e154, whose square is not finite.
 template <class Hyper>
 PYOPTIM_HD bool is_orthogonal(const Hyper& h, const double* sums, int64_t size) {
   const double sign = static_cast<double>(h.sign), across = sign * sums[kGradWeight];
