@@ -161,6 +161,12 @@ def test_agreeing_losses_pass():
     assert demo.report_agreement(_trainings([2.0, 1.0], [2.0, 1.0 + demo.TOLERANCE / 2])) == 0
 
 
+def test_only_losses_after_the_compared_steps_may_differ():
+    same = [1.0] * (demo.COMPARED_STEPS - 1)
+    assert demo.report_agreement(_trainings([*same, 1.0, 1.0], [*same, 1.0, 2.0])) == 0
+    assert demo.report_agreement(_trainings([*same, 1.0, 1.0], [*same, 2.0, 1.0])) == 1
+
+
 def test_tolerance_notices_a_missing_weight_decay(monkeypatch):
     """What TOLERANCE is for: an implementation that forgets lr * weight_decay = 1e-5 is caught."""
     without_decay = {

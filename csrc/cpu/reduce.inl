@@ -92,7 +92,7 @@ struct Terms {
 // Adds elements from `begin` on to the first n lanes, and those of the kRounds - 1 rounds after
 // them in their order; n is a multiple of kPair. Asks for memory some rounds ahead: on Sapphire
 // Rapids that raised 20 M float32 from 11 to 15 GB/s and bfloat16 from 6 to 14 on one core. Not
-// where kPrefetchBytes is 0: on Zen 4 50 M float32 in order took 11.6 ms, with this 16 to 18.
+// where kPrefetchBytes is 0: on Zen 4 50 M float32 in order took 11.6 ms, with this 15 to 18.
 template <int kRounds, Fold kFold, class E>
 PYOPTIM_HD void add_rounds(const Terms<kFold, E>& terms, int64_t begin, int64_t n, double* lanes) {
   const int64_t ahead = kPrefetchBytes > 0 ? 2 * kRounds * kLanes : 0;
